@@ -1,0 +1,1 @@
+"""Pipelines: images or labels in, images out."""

@@ -1,0 +1,1 @@
+"""What every training run shares; knows modules and optimisers, nothing of FlowMo."""

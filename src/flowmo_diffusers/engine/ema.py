@@ -1,0 +1,29 @@
+"""Exponential moving average of the weights."""
+
+from collections.abc import Iterable
+
+import torch
+from diffusers.training_utils import EMAModel
+
+
+class EMA(EMAModel):
+    """
+    diffusers' [`EMAModel`] at the cadence of the published training: one update every `update_every` steps with
+    decay^update_every, the constant decay from the first update on (no warm-up).
+
+    Args:
+        parameters: What is averaged.
+        decay: Decay of one step.
+        update_every: Steps between updates; step 0 is the first.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], decay: float = 0.9999, update_every: int = 10):
+        per_update = decay**update_every
+        # `update_after_step=-1`: otherwise the first update would copy the weights instead of averaging them.
+        super().__init__(parameters, decay=per_update, min_decay=per_update, update_after_step=-1, foreach=True)
+        self.update_every = update_every
+
+    def update(self, parameters: Iterable[torch.nn.Parameter], step: int) -> None:
+        """To be called after every optimiser step with that step's number, counted from 0."""
+        if step % self.update_every == 0:
+            self.step(parameters)

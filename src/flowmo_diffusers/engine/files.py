@@ -1,0 +1,42 @@
+"""Files that are never seen half written."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_folder(target: str | Path) -> Iterator[Path]:
+    """
+    A temporary folder beside `target` to write into. On success its files take their places in `target`, each by one
+    rename, those at the top last (an index such as `model_index.json` thus never points at what is not there yet).
+    On failure `target` is as it was.
+    """
+    target = Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".partial-", dir=target))
+    try:
+        yield temporary
+        files = sorted((path for path in temporary.rglob("*") if path.is_file()), key=lambda p: -len(p.parts))
+        for path in files:
+            place = target / path.relative_to(temporary)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(target: str | Path) -> Iterator[Path]:
+    """A temporary path beside `target` that is renamed to it on success and removed on failure."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".partial-{os.getpid()}-{target.name}")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

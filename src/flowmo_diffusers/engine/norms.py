@@ -1,0 +1,35 @@
+"""Weight norms held at their initial values."""
+
+from collections.abc import Iterable
+
+import torch
+
+
+class NormRescaler:
+    """
+    Rescales weight matrices to the Frobenius norms they had when this object was made (in the manner of EDM2, paper
+    section 3.2). To be called after every optimiser step.
+
+    Args:
+        weights: The matrices, each rescaled as a whole.
+    """
+
+    def __init__(self, weights: Iterable[torch.Tensor]):
+        self.weights = list(weights)
+        with torch.no_grad():
+            self.norms = torch._foreach_norm(self.weights)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        current = torch._foreach_norm(self.weights)
+        torch._foreach_div_(current, self.norms)
+        torch._foreach_div_(self.weights, current)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"norms": torch.stack(self.norms)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Raises `ValueError` if the state is of another number of weights."""
+        if len(state["norms"]) != len(self.weights):
+            raise ValueError(f"state holds norms of {len(state['norms'])} weights; this model has {len(self.weights)}")
+        self.norms = list(state["norms"].to(self.norms[0]).unbind())

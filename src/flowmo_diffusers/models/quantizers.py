@@ -1,0 +1,206 @@
+"""
+Quantizers: from the encoder's latents to the codes the decoder sees.
+
+One interface for all: `quantizer(latents)` gives codes, indices and the unweighted terms of the training loss.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import nn
+
+
+ENTROPY_TEMPERATURE = 0.1
+
+
+@dataclass
+class QuantizerOutput:
+    """
+    Args:
+        codes: What the decoder sees (b, tokens, channels), in the latents' dtype.
+        indices: (b, tokens, groups) int64, or `None` where the codes are not discrete.
+        losses: Unweighted scalar terms by name; empty outside training.
+    """
+
+    codes: torch.Tensor
+    indices: torch.Tensor | None = None
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def straight_through(codes: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Exactly `codes` in value, the identity on `latents` in gradient."""
+    return codes.detach() + (latents - latents.detach())
+
+
+class NoQuantizer(nn.Module):
+    """The continuous latent itself."""
+
+    is_discrete = False
+    latent_multiplier = 1
+
+    def forward(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> QuantizerOutput:
+        return QuantizerOutput(latents)
+
+
+class KLQuantizer(nn.Module):
+    """
+    A diagonal Gaussian over the whole latent. The encoder emits mean and log-variance side by side, so its latents
+    have twice the channels of the codes.
+    """
+
+    is_discrete = False
+    latent_multiplier = 2
+
+    def forward(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> QuantizerOutput:
+        # (b, 2 channels, tokens, 1): the image-like layout diffusers' distribution splits and sums over.
+        gaussian = DiagonalGaussianDistribution(latents.transpose(1, 2).unsqueeze(-1))
+        codes = gaussian.sample(generator).squeeze(-1).transpose(1, 2)
+        losses = {"kl_loss": gaussian.kl().mean()} if self.training else {}
+        return QuantizerOutput(codes, losses=losses)
+
+
+class ScalarQuantizer(nn.Module):
+    """
+    Base of the discrete quantizers: every channel takes one of `levels` values evenly spaced on [-1, 1].
+
+    Channels are gathered into groups of `codebook_bits` bits, group g holding channels g, g + groups, g + 2 groups,
+    ...; a group's index is sum_d level_d * levels^d.
+    """
+
+    is_discrete = True
+    latent_multiplier = 1
+
+    def __init__(self, channels: int, codebook_bits: int, levels: int):
+        super().__init__()
+        self.channels = channels
+        self.levels = levels
+        self.bits_per_channel = levels.bit_length() - 1
+        if levels < 2 or levels != 1 << self.bits_per_channel:
+            raise ValueError(f"fsq_levels={levels} must be a power of two, at least 2, so that bits are exact")
+        self.group_size, rest = divmod(codebook_bits, self.bits_per_channel)
+        if not 1 <= codebook_bits <= 24 or rest or channels % self.group_size:
+            fitting = [d * self.bits_per_channel for d in range(1, channels + 1) if channels % d == 0]
+            raise ValueError(
+                f"codebook_bits={codebook_bits} does not divide the {channels * self.bits_per_channel} bits of a "
+                f"token (latent_channels={channels}, {self.bits_per_channel} bit a channel) into equal groups of at "
+                f"most 24 bits: one of {[bits for bits in fitting if bits <= 24]} would fit"
+            )
+        self.groups = channels // self.group_size
+
+    @property
+    def bits_per_token(self) -> int:
+        return self.channels * self.bits_per_channel
+
+    @property
+    def codebook_size(self) -> int:
+        return self.levels**self.group_size
+
+    def codes_to_levels(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes in [-1, 1] to whole levels 0 ... levels - 1, int64."""
+        return ((codes.float() + 1) * ((self.levels - 1) / 2)).round().long()
+
+    def levels_to_codes(self, levels: torch.Tensor) -> torch.Tensor:
+        return levels.float() * (2 / (self.levels - 1)) - 1
+
+    def codes_to_indices(self, codes: torch.Tensor) -> torch.Tensor:
+        """(b, tokens, channels) codes to (b, tokens, groups) int64 indices."""
+        digits = self.codes_to_levels(codes).unflatten(-1, (self.group_size, self.groups))
+        return (digits * self._place_values(codes.device)[:, None]).sum(-2)
+
+    def indices_to_codes(self, indices: torch.Tensor) -> torch.Tensor:
+        """(b, tokens, groups) int64 indices to (b, tokens, channels) float32 codes."""
+        digits = indices[..., None, :] // self._place_values(indices.device)[:, None] % self.levels
+        return self.levels_to_codes(digits.flatten(-2))
+
+    def _place_values(self, device: torch.device) -> torch.Tensor:
+        return self.levels ** torch.arange(self.group_size, device=device)
+
+
+class LFQQuantizer(ScalarQuantizer):
+    """
+    Lookup-free quantization (paper section 3.1): c = sign(latent), straight-through gradient.
+
+    Training terms: entropy_loss = E[H(q)] - H(E[q]) over the codebook groups and commit_loss = E|latent - c|^2.
+    """
+
+    def __init__(self, channels: int, codebook_bits: int):
+        super().__init__(channels, codebook_bits, levels=2)
+
+    def forward(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> QuantizerOutput:
+        signs = torch.where(latents > 0, 1.0, -1.0).to(latents.dtype)
+        losses = {}
+        if self.training:
+            groups = latents.unflatten(-1, (self.group_size, self.groups)).transpose(-1, -2).flatten(0, -2)
+            per_sample, codebook = lfq_entropies(groups)
+            losses = {
+                "entropy_loss": per_sample - codebook,
+                "commit_loss": F.mse_loss(latents.float(), signs.float()),
+                "per_sample_entropy": per_sample.detach(),
+                "codebook_entropy": codebook.detach(),
+            }
+        return QuantizerOutput(straight_through(signs, latents), self.codes_to_indices(signs), losses)
+
+
+class FSQQuantizer(ScalarQuantizer):
+    """
+    Finite scalar quantization (Mentzer et al. 2024) on evenly spaced levels symmetric about zero: the channel is
+    bounded by tanh and rounded, with a straight-through gradient. It needs no training term.
+    """
+
+    def forward(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> QuantizerOutput:
+        bounded = latents.tanh()
+        codes = self.levels_to_codes(self.codes_to_levels(bounded)).to(latents.dtype)
+        return QuantizerOutput(straight_through(codes, bounded), self.codes_to_indices(codes))
+
+
+def lfq_entropies(vectors: torch.Tensor, eps: float = 1e-5) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Mean per-sample entropy and entropy of the mean code distribution, in nats (paper, L_ent).
+
+    q(code | x) = softmax(2 <x, code> / 0.1) over {-1, 1}^K factorises into K independent bits with
+    P(bit_d = 1) = sigmoid(4 x_d / 0.1). The first entropy is a sum of K binary ones; the mean distribution is
+    A^T B / N, where A and B hold the N distributions of the low and the high half of the bits. Nothing of size
+    N x 2^K is formed.
+
+    Args:
+        vectors: Latent groups (N, K).
+        eps: Added inside the logarithm of the mean distribution, as published.
+    """
+    with torch.autocast(vectors.device.type, enabled=False):
+        logits = vectors.float() * (4 / ENTROPY_TEMPERATURE)
+        # H(sigmoid(a)) is even in a; at a = -|a| both terms are small, so nothing cancels.
+        negative = -logits.abs()
+        per_sample = (F.softplus(negative) - negative * negative.sigmoid()).sum(-1).mean()
+
+        half = (vectors.shape[-1] + 1) // 2
+        low, high = _code_distribution(logits[:, :half]), _code_distribution(logits[:, half:])
+        mean = high.T @ low / vectors.shape[0]
+        codebook = -(mean * (mean + eps).log()).sum()
+    return per_sample, codebook
+
+
+def _code_distribution(logits: torch.Tensor) -> torch.Tensor:
+    """Bit logits (N, k) to probabilities (N, 2^k) of the codes sum_d bit_d 2^d."""
+    ones, zeros = logits.sigmoid(), (-logits).sigmoid()
+    distribution = torch.ones_like(logits[:, :1])
+    for one, zero in zip(ones.split(1, dim=1), zeros.split(1, dim=1), strict=True):
+        distribution = torch.cat([distribution * zero, distribution * one], dim=1)
+    return distribution
+
+
+def build_quantizer(name: str, channels: int, codebook_bits: int, fsq_levels: int) -> nn.Module:
+    """
+    Raises:
+        ValueError: If the name is unknown or the bits cannot be divided into groups.
+    """
+    if name == "lfq":
+        return LFQQuantizer(channels, codebook_bits)
+    if name == "fsq":
+        return FSQQuantizer(channels, codebook_bits, fsq_levels)
+    if name == "kl":
+        return KLQuantizer()
+    if name == "none":
+        return NoQuantizer()
+    raise ValueError(f"quantizer={name!r} is unknown: it must be 'lfq', 'fsq', 'kl' or 'none'")

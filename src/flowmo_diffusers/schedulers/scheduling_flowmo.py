@@ -1,0 +1,158 @@
+"""The power-shifted flow schedule of FlowMo (paper section 3.4)."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+
+
+@dataclass
+class FlowMoSchedulerOutput(BaseOutput):
+    """
+    Args:
+        prev_sample: x at the next time (b, c, h, w), in the dtype of the given sample.
+    """
+
+    prev_sample: torch.Tensor
+
+
+class FlowMoScheduler(SchedulerMixin, ConfigMixin):
+    """
+    A rectified flow integrated on t_i = ((n - i) / n)^rho, i = 0 ... n: large steps at high noise.
+
+    The model's time t runs from 1 (noise) to 0 (image); `timesteps` are `num_train_timesteps * t`. All arithmetic is
+    float32 whatever the model's dtype.
+
+    Args:
+        num_train_timesteps: Scale of `timesteps`.
+        rho: Power of the schedule; 1 is an even grid, the paper's value is 4.
+        solver: "euler", or "heun", which asks the model twice a step but for the last.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    _compatibles = []
+
+    @register_to_config
+    def __init__(self, num_train_timesteps: int = 1000, rho: float = 4.0, solver: str = "euler"):
+        if solver not in ("euler", "heun"):
+            raise ValueError(f"solver={solver!r} is unknown: it must be 'euler' or 'heun'")
+        if not rho > 0:
+            raise ValueError(f"rho={rho} must be positive; the paper's value is 4.0")
+        self.order = 1 if solver == "euler" else 2
+        self.num_inference_steps = None
+        self.times = None
+        self.timesteps = torch.linspace(num_train_timesteps, 0, num_train_timesteps)
+        self._step_index = None
+        self._begin_index = None
+        self._heun_start = None
+
+    @property
+    def step_index(self) -> int | None:
+        """Position in `timesteps` of the next [`~FlowMoScheduler.step`], `None` before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Position in `timesteps` where sampling begins, if it was set."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        self._begin_index = begin_index
+
+    @property
+    def init_noise_sigma(self) -> float:
+        return 1.0
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
+        """The model takes x_t as it is."""
+        return sample
+
+    def set_timesteps(self, num_inference_steps: int = 25, device: str | torch.device | None = None) -> None:
+        """
+        Lays the grid: `times` holds t_0 ... t_n, `timesteps` the times at which the model is asked, in units of
+        `num_train_timesteps`.
+
+        Raises:
+            ValueError: If there is not at least one step.
+        """
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
+        self.num_inference_steps = num_inference_steps
+        grid = torch.arange(num_inference_steps, -1, -1, dtype=torch.float32) / num_inference_steps
+        # Kept on the CPU: steps read single times, which must not wait for the device.
+        self.times = grid**self.config.rho
+        asked = self.times[:-1]
+        if self.order == 2:
+            asked = torch.cat([asked[:1], asked[1:].repeat_interleave(2)])
+        self.timesteps = (asked * self.config.num_train_timesteps).to(device)
+        self._step_index = None
+        self._begin_index = None
+        self._heun_start = None
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: torch.Tensor | float,
+        sample: torch.Tensor,
+        return_dict: bool = True,
+    ) -> FlowMoSchedulerOutput | tuple[torch.Tensor]:
+        """
+        One step from `timestep` towards the image: x - (t_i - t_{i+1}) v.
+
+        Args:
+            model_output: The velocity v at `sample` (b, c, h, w).
+            timestep: The entry of `timesteps` at which the model was asked.
+            sample: x at that time (b, c, h, w).
+
+        Raises:
+            ValueError: If `set_timesteps` was not called.
+        """
+        if self.times is None:
+            raise ValueError("num_inference_steps is not set: call `set_timesteps` before `step`")
+        if self._step_index is None:
+            self._step_index = self._begin_index if self._begin_index is not None else self._index_for(timestep)
+        v, x = model_output.float(), sample.float()
+        if self.order == 1:
+            i = self._step_index
+            x_next = x - (self.times[i] - self.times[i + 1]).item() * v
+        else:
+            x_next = self._heun_step(v, x)
+        self._step_index += 1
+        x_next = x_next.to(sample.dtype)
+        return FlowMoSchedulerOutput(x_next) if return_dict else (x_next,)
+
+    def _heun_step(self, v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Euler to the next time, then again from the start with the mean of both velocities (Heun's method)."""
+        i = (self._step_index + 1) // 2
+        if self._heun_start is None:
+            dt = (self.times[i] - self.times[i + 1]).item()
+            if i + 1 < self.num_inference_steps:
+                self._heun_start = (x, v, dt)
+            return x - dt * v
+        start, v_start, dt = self._heun_start
+        self._heun_start = None
+        return start - dt * (v_start + v) / 2
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """
+        x_t = t z + (1 - t) x in float32, returned in the sample's dtype.
+
+        Args:
+            original_samples: x (b, c, h, w).
+            noise: z (b, c, h, w).
+            timesteps: Continuous, in [0, num_train_timesteps], shape (b,) or ().
+        """
+        t = (timesteps.to(original_samples.device, torch.float32) / self.config.num_train_timesteps).reshape(-1)
+        t = t.reshape(-1, *[1] * (original_samples.ndim - 1))
+        return (t * noise.float() + (1 - t) * original_samples.float()).to(original_samples.dtype)
+
+    def _index_for(self, timestep: torch.Tensor | float) -> int:
+        distance = (self.timesteps.cpu() - float(timestep)).abs()
+        return int(distance.argmin())
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
