@@ -1,0 +1,1 @@
+"""Published checkpoints in, model cards and Hub layouts out."""
