@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.optimization import get_polynomial_decay_schedule_with_warmup, get_scheduler
@@ -158,7 +157,7 @@ def build_pipeline(args: argparse.Namespace) -> FlowMoPipeline:
         return FlowMoPipeline.from_pretrained(args.pretrained_model_name_or_path)
     config = args.model_config or {}
     if isinstance(config, str):
-        config = yaml.safe_load(Path(config).read_text() if Path(config).is_file() else config)
+        config = json.loads(config if config.lstrip().startswith("{") else Path(config).read_text())
     return FlowMoPipeline(FlowMoAutoencoder(**config), FlowMoScheduler())
 
 

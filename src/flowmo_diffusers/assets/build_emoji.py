@@ -125,7 +125,10 @@ def apportion(counts: dict[str, int], total: int) -> dict[str, int]:
 
 
 def split(emoji: list[Emoji]) -> tuple[list[Emoji], list[Emoji]]:
-    """Train and test, no family of variants in both: test has one image of each of its families, train has none."""
+    """
+    Train and test, no family of variants in both: test has one image of each of its families, train has none. Test is
+    shuffled, so that its first images stand for all.
+    """
     families: dict[str, list[Emoji]] = defaultdict(list)
     for e in emoji:
         families[base(e.name)].append(e)
@@ -137,8 +140,8 @@ def split(emoji: list[Emoji]) -> tuple[list[Emoji], list[Emoji]]:
     for group, share in apportion({group: len(names) for group, names in by_group.items()}, TEST_SIZE).items():
         eligible = [name for name in by_group[group] if len(families[name]) <= LARGEST_HELD_OUT_FAMILY]
         held_out.update(eligible[:share])
-    test = {min((e.name for e in families[name]), key=order) for name in held_out}
-    return [e for e in emoji if base(e.name) not in held_out], [e for e in emoji if e.name in test]
+    test = [min(families[name], key=lambda e: order(e.name)) for name in held_out]
+    return [e for e in emoji if base(e.name) not in held_out], sorted(test, key=lambda e: order(e.name))
 
 
 def write(path: Path, emoji: list[Emoji], groups: list[str]) -> None:

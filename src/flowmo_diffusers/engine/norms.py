@@ -8,7 +8,7 @@ import torch
 class NormRescaler:
     """
     Rescales weight matrices to the Frobenius norms they had when this object was made (in the manner of EDM2, paper
-    section 3.2). To be called after every optimiser step.
+    section 3.2). To be called after every optimiser step. Frozen weights are left alone, bit for bit.
 
     Args:
         weights: The matrices, each rescaled as a whole.
@@ -21,9 +21,12 @@ class NormRescaler:
 
     @torch.no_grad()
     def step(self) -> None:
-        current = torch._foreach_norm(self.weights)
-        torch._foreach_div_(current, self.norms)
-        torch._foreach_div_(self.weights, current)
+        pairs = [(weight, norm) for weight, norm in zip(self.weights, self.norms, strict=True) if weight.requires_grad]
+        if pairs:
+            weights, norms = (list(part) for part in zip(*pairs, strict=True))
+            current = torch._foreach_norm(weights)
+            torch._foreach_div_(current, norms)
+            torch._foreach_div_(weights, current)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {"norms": torch.stack(self.norms)}

@@ -1,0 +1,32 @@
+# make demo    the starter tokenizer on images it never saw, then both training stages for a few minutes
+# make test    the whole test suite
+# make quality formatting and lint
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_DIR ?= demo
+BIN = $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test quality install clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[training,test,quality]"
+	# The reference for our LPIPS. Without its dependencies: it asks for torchvision, which nothing here needs.
+	$(BIN)/python -m pip install --quiet --no-deps lpips==0.1.4
+	touch $@
+
+demo: install
+	$(BIN)/python training/demo.py --output_dir $(DEMO_DIR) $(if $(FROM_SCRATCH),--from_scratch)
+
+test: install
+	$(BIN)/python -m pytest
+
+quality: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) $(DEMO_DIR) build *.egg-info src/*.egg-info

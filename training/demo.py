@@ -1,0 +1,125 @@
+#!/usr/bin/env python
+"""
+The demo of `make demo`, all on what the package embeds: the starter tokenizer reconstructs images it never saw, then
+the training script pre-trains and post-trains a tokenizer for a few minutes, and the same images are reconstructed
+after each stage. Writes `demo.png` and `metrics.json`.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from flowmo_diffusers import FlowMoPipeline
+from flowmo_diffusers.assets import asset_path
+from flowmo_diffusers.data.images import EMBEDDED_DATASET, load_images, stack_images
+from flowmo_diffusers.engine.files import atomic_file
+from flowmo_diffusers.metrics.pictures import labelled_rows
+from flowmo_diffusers.metrics.reconstruction import psnr
+from flowmo_diffusers.objectives.perceptual import load_perceptual_network
+
+
+HERE = Path(__file__).parent
+NUM_IMAGES = 128
+# A few minutes of each stage on 2 CPU cores; without these the preset's own, full lengths hold.
+SHORT = {"pretrain": 450, "posttrain": 40}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("demo"))
+    parser.add_argument("--from_scratch", action="store_true", help="train to the end of the starter's preset (hours)")
+    return parser.parse_args()
+
+
+def train(stage: str, output_dir: Path, *options: str) -> float:
+    """Runs the real training script by `accelerate launch` and returns its seconds."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    command += ["--mixed_precision", "bf16", str(HERE / "train_flowmo.py")]
+    command += ["--config", str(HERE / "configs" / "starter.yaml"), "--stage", stage, "--output_dir", str(output_dir)]
+    started = time.perf_counter()
+    subprocess.run([*command, *options], check=True)
+    return time.perf_counter() - started
+
+
+def reconstruct(folder: Path, images: torch.Tensor, perceptual: torch.nn.Module) -> tuple[torch.Tensor, dict]:
+    """The images through the tokens of the pipeline in `folder`, and the figures."""
+    pipeline = FlowMoPipeline.from_pretrained(folder)
+    started = time.perf_counter()
+    generator = torch.Generator().manual_seed(0)
+    output = pipeline(images, generator=generator, output_type="latent")
+    seconds = time.perf_counter() - started
+    packed = pipeline.autoencoder.pack_codes(pipeline.autoencoder.indices_to_codes(output.indices))
+    figures = {
+        "psnr": psnr(images, output.images).mean().item(),
+        "lpips_alex": perceptual(images, output.images).mean().item(),
+        "bytes_per_image": len(packed[0]),
+        "seconds_per_image": seconds / len(images),
+    }
+    return output.images, figures
+
+
+def main() -> None:
+    args = parse_args()
+    held_out = load_images(EMBEDDED_DATASET)["test"].select(range(NUM_IMAGES))
+    perceptual = load_perceptual_network("lpips-alex")
+    starter = asset_path("starter")
+    side = (
+        FlowMoPipeline.load_config(starter) and FlowMoPipeline.from_pretrained(starter).autoencoder.config.sample_size
+    )
+    images = stack_images(held_out, side)
+
+    mean_colour = images.mean(dim=(2, 3), keepdim=True).expand_as(images)
+    rows = {"original": images}
+    metrics = {
+        "images": NUM_IMAGES,
+        "side": side,
+        "mean colour": {"psnr": psnr(images, mean_colour).mean().item()},
+    }
+
+    def add(name: str, folder: Path, **more) -> None:
+        rows[name], metrics[name] = reconstruct(folder, images, perceptual)
+        metrics[name] |= more
+        print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics[name].items()), flush=True)
+
+    add("starter", starter)
+    folder = args.output_dir / "pretrain"
+    shutil.rmtree(args.output_dir / "posttrain", ignore_errors=True)
+    if not args.from_scratch:
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def steps(stage: str) -> list[str]:
+        if args.from_scratch:
+            return ["--resume_from_checkpoint", "latest"]
+        return ["--max_train_steps", str(SHORT[stage]), "--validation_steps", "0", "--checkpointing_steps", "100000"]
+
+    length = "full" if args.from_scratch else "a few minutes of"
+    seconds = train("pretrain", folder, *steps("pretrain"))
+    add(f"{length} pre-training", folder, train_seconds=seconds)
+    start = ["--pretrained_model_name_or_path", str(folder)]
+    seconds = train("posttrain", args.output_dir / "posttrain", *start, *steps("posttrain"))
+    add(f"{length} pre- and post-training", args.output_dir / "posttrain", train_seconds=seconds)
+
+    picture = labelled_rows(
+        {
+            f"{name}   {metrics[name]['psnr']:.1f} dB, LPIPS {metrics[name]['lpips_alex']:.3f}"
+            if name in metrics
+            else name: row[:12]
+            for name, row in rows.items()
+        }
+    )
+    with atomic_file(args.output_dir / "demo.png") as path:
+        picture.save(path, format="PNG")
+    with atomic_file(args.output_dir / "metrics.json") as path:
+        path.write_text(json.dumps(metrics, indent=2) + "\n")
+    print(f"painting each image in its mean colour would give {metrics['mean colour']['psnr']:.1f} dB")
+    print(f"written to {args.output_dir / 'demo.png'} and {args.output_dir / 'metrics.json'}")
+
+
+if __name__ == "__main__":
+    main()
