@@ -1,5 +1,6 @@
 """FlowMoPipeline: images to tokens and tokens to images."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import PIL.Image
 import torch
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from flowmo_diffusers.models.autoencoder_flowmo import FlowMoAutoencoder
@@ -19,8 +20,11 @@ from flowmo_diffusers.schedulers.scheduling_flowmo import FlowMoScheduler
 
 register_library()
 
+logger = logging.get_logger(__name__)
+
 Tokens = torch.Tensor | np.ndarray | bytes | Sequence[bytes]
 Generators = torch.Generator | list[torch.Generator] | None
+Callback = Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 @dataclass
@@ -42,6 +46,15 @@ class FlowMoPipeline(DiffusionPipeline):
     Args:
         autoencoder ([`FlowMoAutoencoder`]): Encoder, quantizer and velocity decoder.
         scheduler ([`FlowMoScheduler`]): Times and steps of the flow.
+
+    Example:
+        ```py
+        >>> pipe = FlowMoPipeline.from_pretrained("path/or/hub-id", dtype=torch.bfloat16).to("cuda")
+        >>> reconstruction = pipe(image, generator=torch.Generator().manual_seed(0)).images[0]
+
+        >>> tokens = pipe.encode(image)  # to be stored, and decoded later
+        >>> reconstruction = pipe.decode(tokens)[0]
+        ```
     """
 
     model_cpu_offload_seq = "autoencoder"
@@ -54,16 +67,56 @@ class FlowMoPipeline(DiffusionPipeline):
             vae_scale_factor=autoencoder.config.patch_size if autoencoder is not None else 4
         )
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "FlowMoPipeline":
+        """
+        As [`DiffusionPipeline.from_pretrained`], but never from pickled weights, which run code when they are read.
+
+        Raises:
+            ValueError: If it is the checkpoint of another pipeline, or its weights are missing or of other shapes.
+            OSError: If there is no pipeline, or no safetensors weights.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False is refused: weights are read from safetensors only")
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+        if pipeline.autoencoder is not None and kwargs.get("device_map") is None:
+            # diffusers only warns of weights that a checkpoint lacks, and leaves them on the meta device.
+            missing = [name for name, weight in pipeline.autoencoder.named_parameters() if weight.is_meta]
+            if missing:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} is not a checkpoint of this model: {len(missing)} weights are "
+                    f"missing, {missing[0]!r} for one"
+                )
+        return pipeline
+
+    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs) -> None:
+        """As [`DiffusionPipeline.save_pretrained`], but always to safetensors."""
+        if not safe_serialization:
+            logger.warning("safe_serialization=False is ignored: FlowMo's weights are written to safetensors only")
+        super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> tuple[dict, dict, dict]:
+        """Refuses the `model_index.json` of another pipeline, of which diffusers would take what has a known name."""
+        name = config_dict.get("_class_name", cls.__name__)
+        name = name if isinstance(name, str) else name[-1]  # [file, class] where a checkpoint carries its code
+        if name not in (base.__name__ for base in cls.__mro__):
+            raise ValueError(f"this is the checkpoint of a {name}, not of a {cls.__name__}")
+        return super().extract_init_dict(config_dict, **kwargs)
+
     @property
     def guidance_scale(self) -> float:
+        """w of the running or last call."""
         return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
+        """How often the running or last call asks the model: n for Euler, 2n - 1 for Heun."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
+        """Whether a callback has ended the sampling by `pipe._interrupt = True`; x_t is then returned as it is."""
         return self._interrupt
 
     @torch.no_grad()
@@ -78,14 +131,21 @@ class FlowMoPipeline(DiffusionPipeline):
         Images to tokens.
 
         Args:
-            image: PIL, NumPy, tensor or a list of them; see [`~FlowMoPipeline.__call__`].
-            generator: For the Gaussian draw of a "kl" model.
+            image: PIL, NumPy, tensor or a list of them, resized to `height` x `width`; see
+                [`~FlowMoPipeline.__call__`].
+            generator: For the Gaussian draw of a "kl" model; one, or one for each image.
 
         Returns:
             Indices (b, tokens, groups) int64 if the quantizer is discrete, else codes (b, tokens, channels). Both are
             what [`~FlowMoPipeline.decode`] takes.
+
+        Raises:
+            ValueError: If an argument has the wrong type, shape or range.
         """
-        encoded = self.autoencoder.encode(self._images(image, height, width), generator)
+        images = self._images(image, height, width)
+        self._check_generator(generator, len(images))
+        encoded = self.autoencoder.encode(images, generator)
+        self.maybe_free_model_hooks()
         return encoded.codes if encoded.indices is None else encoded.indices
 
     @torch.no_grad()
@@ -100,15 +160,16 @@ class FlowMoPipeline(DiffusionPipeline):
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
-        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """
         Tokens to images.
 
         Args:
-            tokens: Indices (b, tokens, groups) of whole numbers, codes (b, tokens, channels) of floats, or the
-                `bytes` of [`FlowMoAutoencoder.pack_codes`], one object or one an image.
+            tokens: Indices (b, tokens, groups) of whole numbers, codes (b, tokens, channels) of floats (in [-1, 1] if
+                the quantizer is discrete), or the `bytes` of [`FlowMoAutoencoder.pack_codes`], one object or one an
+                image.
             height: Of the image in pixels; the size is not part of the tokens. Default: the model's `sample_size`.
             width: As `height`.
 
@@ -117,32 +178,43 @@ class FlowMoPipeline(DiffusionPipeline):
         Raises:
             ValueError: If the tokens have the wrong shape, length or range, or another argument is out of range.
         """
-        height = height or self.autoencoder.config.sample_size
-        width = width or self.autoencoder.config.sample_size
-        self._check_inputs(height, width, guidance_interval, callback_on_step_end_tensor_inputs, output_type)
         codes = self._codes(tokens)
-        latents = self._noise(codes.shape[0], height, width, generator, latents)
+        height = self.autoencoder.config.sample_size if height is None else height
+        width = self.autoencoder.config.sample_size if width is None else width
+        shape = (len(codes), self.autoencoder.config.in_channels, height, width)
+        self._check_inputs(
+            shape,
+            num_inference_steps,
+            guidance_interval,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        if latents is None:
+            latents = randn_tensor(shape, generator, codes.device, torch.float32)
+        latents = latents.to(codes.device, torch.float32)
 
         self._guidance_scale = guidance_scale
         self._interrupt = False
-        # The interval is given in EDM noise levels, x + sigma z; the flow's time is t = sigma / (1 + sigma).
-        guided_from, guided_to = (sigma / (1 + sigma) for sigma in guidance_interval)
         self.scheduler.set_timesteps(num_inference_steps, device=codes.device)
-        self._num_timesteps = len(self.scheduler.timesteps)
-        times = (self.scheduler.timesteps / self.scheduler.config.num_train_timesteps).tolist()
+        self.scheduler.set_begin_index(0)  # else the first step looks for its time, which waits for the device
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        times = timesteps / self.scheduler.config.num_train_timesteps
+        guided = [guidance_scale != 1 and _is_guided(t, guidance_interval) for t in times.tolist()]
 
         with self.progress_bar(total=num_inference_steps) as progress_bar:
-            for i, (timestep, t) in enumerate(zip(self.scheduler.timesteps, times, strict=True)):
+            for i, (timestep, t) in enumerate(zip(timesteps, times, strict=True)):
                 if self.interrupt:
                     continue
-                guided = guidance_scale != 1.0 and guided_from <= t <= guided_to
-                v = self._velocity(latents, t, codes, guidance_scale if guided else None)
+                v = self._velocity(latents, t, codes, guidance_scale if guided[i] else None)
                 latents = self.scheduler.step(v, timestep, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     available = {"latents": latents}
                     given = {name: available[name] for name in callback_on_step_end_tensor_inputs}
                     latents = callback_on_step_end(self, i, timestep, given).pop("latents", latents)
-                if i == len(times) - 1 or (i + 1) % self.scheduler.order == 0:
+                if i == len(timesteps) - 1 or (i + 1) % self.scheduler.order == 0:
                     progress_bar.update()
 
         images = self.image_processor.postprocess(latents.clamp(-1, 1), output_type=output_type)
@@ -162,7 +234,7 @@ class FlowMoPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> FlowMoPipelineOutput | tuple:
         r"""
@@ -171,45 +243,56 @@ class FlowMoPipeline(DiffusionPipeline):
         Args:
             image: PIL images, NumPy arrays (h, w, c) or (b, h, w, c) in uint8 or in [0, 1], tensors (c, h, w) or
                 (b, c, h, w) in [-1, 1], or a list of one kind.
-            height: Height to which images are resized. Default: their own, down to a multiple of the patch size.
+            height: Height in pixels to which images are resized, a multiple of the patch size. Default: their own,
+                down to a multiple.
             width: As `height`.
             num_inference_steps: Steps of the flow.
             guidance_scale: w of classifier-free guidance, v = v_null + w (v_code - v_null); 1 is none.
-            guidance_interval: Noise levels sigma between which guidance is applied, both ends included. Outside of it
-                a step asks the model once.
+            guidance_interval: EDM noise levels sigma between which guidance is applied, both ends included; the
+                flow's time is t = sigma / (1 + sigma), so (0, inf) is every step. A guided step asks the model once,
+                with twice the batch.
             generator: One generator, or one for each image, which makes a batch equal to its images one by one.
             latents: The noise to start from (b, c, h, w) instead of a drawn one.
             output_type: "pil", "np", "pt" (in [0, 1]) or "latent" (a tensor in [-1, 1]).
             return_dict: Whether to return a [`FlowMoPipelineOutput`] or a tuple (images, indices).
-            callback_on_step_end: Called as `callback(pipe, step, timestep, kwargs)` after each step; may return
-                changed `latents` (x_t, in pixels).
+            callback_on_step_end: Called as `callback(pipe, i, timestep, kwargs)` after each of the `num_timesteps`
+                answers of the model; returns a dict, whose `latents` (x_t, in pixels), if any, take their place.
             callback_on_step_end_tensor_inputs: Names of the tensors given to the callback.
 
         Raises:
             ValueError: If an argument has the wrong type, shape or range; before the model runs.
         """
         images = self._images(image, height, width)
-        height, width = images.shape[-2:]
-        self._check_inputs(height, width, guidance_interval, callback_on_step_end_tensor_inputs, output_type)
-        encoded = self.autoencoder.encode(images, generator)
-        images = self.decode(
-            encoded.codes,
-            height,
-            width,
+        self._check_inputs(
+            tuple(images.shape),
             num_inference_steps,
-            guidance_scale,
             guidance_interval,
             generator,
             latents,
             output_type,
-            callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+        )
+        encoded = self.autoencoder.encode(images, generator)
+        images = self.decode(
+            encoded.codes,
+            height=images.shape[-2],
+            width=images.shape[-1],
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         if not return_dict:
             return images, encoded.indices
         return FlowMoPipelineOutput(images=images, indices=encoded.indices)
 
-    def _velocity(self, latents: torch.Tensor, t: float, codes: torch.Tensor, guidance: float | None) -> torch.Tensor:
+    def _velocity(
+        self, latents: torch.Tensor, t: torch.Tensor, codes: torch.Tensor, guidance: float | None
+    ) -> torch.Tensor:
         x_t = latents.to(self.autoencoder.dtype)
         if guidance is None:
             return self.autoencoder(x_t, t, codes=codes, return_dict=False)[0]
@@ -221,92 +304,119 @@ class FlowMoPipeline(DiffusionPipeline):
         return v_null + guidance * (v_code - v_null)
 
     def _images(self, image: PipelineImageInput, height: int | None, width: int | None) -> torch.Tensor:
-        """Any accepted input to (b, c, h, w) in [-1, 1] on the model's device and in its dtype."""
+        """Any accepted input to (b, c, height, width) in [-1, 1] on the model's device and in its dtype."""
         items = image if isinstance(image, (list, tuple)) else [image]
-        if not items or not all(isinstance(item, (PIL.Image.Image, np.ndarray, torch.Tensor)) for item in items):
-            kinds = sorted({type(item).__name__ for item in items}) or ["an empty list"]
-            raise ValueError(f"image must be PIL images, NumPy arrays or tensors, or a list of them; got {kinds}")
-        if len({type(item) if not isinstance(item, PIL.Image.Image) else PIL.Image.Image for item in items}) > 1:
-            raise ValueError("image must be a list of one kind: all PIL images, all NumPy arrays or all tensors")
-
-        if isinstance(items[0], PIL.Image.Image):
-            sizes = {item.size for item in items}
-            if height is None and width is None and len(sizes) > 1:
-                raise ValueError(f"image has different sizes in one batch, {sorted(sizes)}: give `height` and `width`")
-            patch = self.autoencoder.config.patch_size
-            if min(min(size) for size in sizes) < patch:
-                raise ValueError(f"image is smaller than a patch of {patch} x {patch} pixels: {sorted(sizes)}")
-            images = self.image_processor.preprocess([item.convert("RGB") for item in items], height, width)
-        else:
-            images = torch.cat([self._array_to_images(item) for item in items])
-            if height is not None or width is not None:
-                size = (height or images.shape[-2], width or images.shape[-1])
-                images = torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
-        self.autoencoder._check_images(images, "image")
+        kinds = (PIL.Image.Image, np.ndarray, torch.Tensor)
+        if not items or not any(all(isinstance(item, kind) for item in items) for kind in kinds):
+            names = sorted({type(item).__name__ for item in items})
+            raise ValueError(f"image must be PIL images, NumPy arrays or tensors, or a list of one kind; got {names}")
+        sizes = sorted({_image_size(item) for item in items})
+        if len(sizes) > 1 and (height is None or width is None):
+            raise ValueError(f"image has different sizes (h, w) in one batch, {sizes}: give `height` and `width`")
+        patch = self.autoencoder.config.patch_size
+        if height is None and sizes[0][0] < patch or width is None and sizes[0][1] < patch:
+            raise ValueError(f"image of (h, w) = {sizes[0]} is smaller than a patch of {patch} x {patch} pixels")
+        height = sizes[0][0] // patch * patch if height is None else height
+        width = sizes[0][1] // patch * patch if width is None else width
+        self._check_size(height, width)
+        images = torch.cat([self._image(item, height, width) for item in items])
         return images.to(self._execution_device, self.autoencoder.dtype)
 
-    def _array_to_images(self, array: np.ndarray | torch.Tensor) -> torch.Tensor:
-        if array.ndim not in (3, 4):
-            raise ValueError(f"image has shape {tuple(array.shape)}; expected three dimensions, or four with a batch")
-        array = array if array.ndim == 4 else array[None]
-        if isinstance(array, np.ndarray):
-            if array.dtype == np.uint8:
-                array = array.astype(np.float32) / 255
-            images = torch.from_numpy(np.ascontiguousarray(array)).float().permute(0, 3, 1, 2) * 2 - 1
-            expected = "a float NumPy image lies in [0, 1] (or give uint8)"
-        else:
-            if not array.is_floating_point():
-                raise ValueError(f"image tensor has dtype {array.dtype}; expected floats in [-1, 1]")
-            images, expected = array.float(), "a tensor image lies in [-1, 1]"
-        if images.numel() == 0 or not torch.isfinite(images).all():
-            raise ValueError("image is empty or has values that are not finite (NaN or infinity)")
-        if images.abs().max() > 1 + 1e-3:
-            raise ValueError(f"image values range from {array.min():.3g} to {array.max():.3g}: {expected}")
+    def _image(self, item: PIL.Image.Image | np.ndarray | torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """One item to (n, c, height, width) float32 in [-1, 1]; n is 1 but for arrays with a batch dimension."""
+        if isinstance(item, PIL.Image.Image):
+            item = item.convert("L" if self.autoencoder.config.in_channels == 1 else "RGB")
+            return self.image_processor.preprocess(item, height, width)
+        images = _array_to_images(item)
+        if images.shape[-2:] != (height, width):
+            images = torch.nn.functional.interpolate(images, (height, width), mode="bilinear", antialias=True)
+        self.autoencoder._check_images(images, "image")
         return images
 
     def _codes(self, tokens: Tokens) -> torch.Tensor:
+        """Any accepted tokens to codes (b, tokens, channels) on the model's device and in its dtype."""
         autoencoder = self.autoencoder
         if isinstance(tokens, np.ndarray):
-            tokens = torch.from_numpy(tokens)
+            tokens = torch.tensor(tokens)
         if not isinstance(tokens, torch.Tensor):
-            codes = autoencoder.unpack_codes(tokens)
+            packed = [tokens] if isinstance(tokens, bytes) else tokens
+            if not isinstance(packed, (list, tuple)) or not all(isinstance(row, bytes) for row in packed):
+                raise ValueError("tokens must be a tensor, a NumPy array, bytes, or a list of bytes, one an image")
+            codes = autoencoder.unpack_codes(packed)
         elif tokens.is_floating_point():
             autoencoder._check_codes(tokens)
             if not torch.isfinite(tokens).all():
                 raise ValueError("tokens have values that are not finite (NaN or infinity)")
+            if autoencoder.quantize.is_discrete and (tokens.abs() > 1).any():
+                raise ValueError(f"tokens range from {tokens.min():.3g} to {tokens.max():.3g}: codes lie in [-1, 1]")
             codes = tokens
         else:
             codes = autoencoder.indices_to_codes(tokens)
+        if len(codes) == 0:
+            raise ValueError("tokens are empty: there is no image to decode")
         return codes.to(self._execution_device, autoencoder.dtype)
-
-    def _noise(
-        self, batch: int, height: int, width: int, generator: Generators, latents: torch.Tensor | None
-    ) -> torch.Tensor:
-        shape = (batch, self.autoencoder.config.in_channels, height, width)
-        if latents is not None:
-            if tuple(latents.shape) != shape:
-                raise ValueError(f"latents have shape {tuple(latents.shape)}; expected {shape}")
-            return latents.to(self._execution_device, torch.float32)
-        if isinstance(generator, list) and len(generator) != batch:
-            raise ValueError(f"generator is a list of {len(generator)}; expected one for each of {batch} images")
-        return randn_tensor(shape, generator, self._execution_device, torch.float32)
 
     def _check_inputs(
         self,
-        height: int,
-        width: int,
+        shape: tuple[int, int, int, int],
+        num_inference_steps: int,
         guidance_interval: tuple[float, float],
-        callback_tensor_inputs: Sequence[str],
+        generator: Generators,
+        latents: torch.Tensor | None,
         output_type: str,
+        callback_tensor_inputs: Sequence[str],
     ) -> None:
-        patch = self.autoencoder.config.patch_size
-        if height < patch or width < patch or height % patch or width % patch:
-            raise ValueError(f"height={height} and width={width} must be positive multiples of the patch size {patch}")
+        self._check_size(*shape[-2:])
+        self._check_generator(generator, shape[0])
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
         if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1]:
             raise ValueError(f"guidance_interval={guidance_interval} must be two noise levels, the lower one first")
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}; expected {shape}")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r} must be 'pil', 'np', 'pt' or 'latent'")
         if unknown := set(callback_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; known are {self._callback_tensor_inputs}"
             )
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type={output_type!r} must be 'pil', 'np', 'pt' or 'latent'")
+
+    def _check_size(self, height: int, width: int) -> None:
+        patch = self.autoencoder.config.patch_size
+        if height < patch or width < patch or height % patch or width % patch:
+            raise ValueError(f"height={height} and width={width} must be positive multiples of the patch size {patch}")
+
+    def _check_generator(self, generator: Generators, batch: int) -> None:
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(f"generator is a list of {len(generator)}; expected one for each of {batch} images")
+
+
+def _is_guided(t: float, interval: tuple[float, float]) -> bool:
+    """Whether sigma / (1 + sigma) = t lies in an interval of sigma; an end met up to float32's rounding is inside."""
+    low, high = (1 - 1 / (1 + sigma) for sigma in interval)
+    return low - 1e-6 <= t <= high + 1e-6
+
+
+def _image_size(item: PIL.Image.Image | np.ndarray | torch.Tensor) -> tuple[int, int]:
+    if isinstance(item, PIL.Image.Image):
+        return item.height, item.width
+    if item.ndim not in (3, 4):
+        raise ValueError(f"image has shape {tuple(item.shape)}; expected three dimensions, or four with a batch")
+    return tuple(item.shape[-3:-1] if isinstance(item, np.ndarray) else item.shape[-2:])
+
+
+def _array_to_images(array: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """A NumPy array (h, w, c) in [0, 1] or uint8, or a tensor (c, h, w) in [-1, 1], to (n, c, h, w) in [-1, 1]."""
+    if isinstance(array, np.ndarray):
+        scale = 255 if array.dtype == np.uint8 else 1
+        images = torch.tensor(np.ascontiguousarray(array, np.float32)).movedim(-1, -3) / scale * 2 - 1
+        expected = "a float NumPy image lies in [0, 1] (or give uint8)"
+    elif array.is_floating_point():
+        images, expected = array.float(), "a tensor image lies in [-1, 1]"
+    else:
+        raise ValueError(f"image tensor has dtype {array.dtype}; expected floats in [-1, 1]")
+    if images.numel() == 0 or not torch.isfinite(images).all():
+        raise ValueError("image is empty or has values that are not finite (NaN or infinity)")
+    if images.abs().max() > 1 + 1e-3:
+        raise ValueError(f"image values range from {array.min():.3g} to {array.max():.3g}: {expected}")
+    return images if images.ndim == 4 else images[None]

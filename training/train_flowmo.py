@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from diffusers.optimization import get_polynomial_decay_schedule_with_warmup, get_scheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -209,11 +209,14 @@ def validate(args, accelerator, pipeline, originals, perceptual, step) -> dict[s
 
 def main(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    # An encoder frozen on the way leaves parameters that DDP would wait for.
+    freezes = args.stage == "pretrain" and args.freeze_encoder_steps < args.max_train_steps
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(str(args.output_dir), logging_dir=str(args.output_dir / args.logging_dir)),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=freezes)],
     )
     set_seed(args.seed)
 
@@ -282,7 +285,7 @@ def main(args: argparse.Namespace) -> None:
     )
     started, seen, figures = time.perf_counter(), 0, {}
     for micro_step, x in enumerate(loader, start=progress.step * accumulation):
-        if progress.step == args.freeze_encoder_steps and args.stage == "pretrain":
+        if progress.step >= args.freeze_encoder_steps and args.stage == "pretrain":
             model.encoder.requires_grad_(False)
         generator = step_generator(args.seed, micro_step, accelerator.process_index, accelerator.device)
         with accelerator.accumulate(trained):

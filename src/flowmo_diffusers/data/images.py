@@ -1,5 +1,6 @@
 """Image datasets for training: where they come from, and how one image becomes a tensor."""
 
+import re
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,13 @@ from flowmo_diffusers.assets import asset_path
 
 
 EMBEDDED_DATASET = "emoji"
+
+# Folders and parquet files named so, alone or before a digit or a delimiter, are splits (`datasets` reads them alike).
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 
 
 def load_images(
@@ -26,14 +34,15 @@ def load_images(
 
     Args:
         dataset_name: A Hub id, a local dataset folder, or "emoji" for the set embedded in this package.
-        data_dir: A folder of images (nested folders are classes), a parquet file or a folder of parquet files.
+        data_dir: A folder of images (nested folders are classes), a parquet file or a folder of parquet files. If
+            the folder's folders or parquet files are named after splits, they are these; else all are `split`.
         split: The split that must be there.
         dataset_config_name: Configuration of a Hub dataset.
         cache_dir: Cache of `datasets`.
 
     Raises:
-        ValueError: If not exactly one source is given or the split does not exist.
-        OSError: If the folder does not exist.
+        ValueError: If not exactly one source is given, the split does not exist, or only some names are of splits.
+        OSError: If there is no such folder or parquet file, or the folder holds no images.
     """
     if (dataset_name is None) == (data_dir is None):
         raise ValueError("give exactly one of `dataset_name` (--dataset_name) and `data_dir` (--train_data_dir)")
@@ -44,17 +53,43 @@ def load_images(
         found = datasets.load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir)
     else:
         path = Path(data_dir)
-        if not path.exists():
-            raise OSError(f"data_dir (--train_data_dir) {path} does not exist")
-        if path.suffix == ".parquet":
+        if path.is_dir():
+            kind, files = _files_by_split(path, split)
+            try:
+                found = datasets.load_dataset(kind, data_dir=str(path), data_files=files, cache_dir=cache_dir)
+            except ValueError as error:
+                raise OSError(f"data_dir (--train_data_dir) {path} holds no images to be read: {error}") from error
+        elif path.is_file() and path.suffix == ".parquet":
             found = datasets.load_dataset("parquet", data_files={split: str(path)}, cache_dir=cache_dir)
-        elif any(path.glob("*.parquet")):
-            found = datasets.load_dataset("parquet", data_dir=str(path), cache_dir=cache_dir)
         else:
-            found = datasets.load_dataset("imagefolder", data_dir=str(path), cache_dir=cache_dir)
+            raise OSError(f"data_dir (--train_data_dir) {path} does not exist as a folder or a .parquet file")
     if split not in found:
-        raise ValueError(f"split {split!r} does not exist: this dataset has {sorted(found)}")
+        raise ValueError(f"split={split!r} does not exist: this dataset has {sorted(found)}")
     return found
+
+
+def _files_by_split(path: Path, split: str) -> tuple[str, dict[str, list[str]]]:
+    """
+    The builder of `datasets` for a folder, and its files by split. Left to guess, `datasets` takes any file or class
+    that has "train" or "test" in its name for a split and drops all other images without a word.
+    """
+    parquet = sorted(file.name for file in path.glob("*.parquet"))
+    folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    files, others = {}, []
+    for name in parquet or folders:
+        word = re.match("[a-z]*", name.lower())[0]
+        named = next((key for key, words in SPLIT_NAMES.items() if word in words), None)
+        if named is None:
+            others.append(name)
+        else:
+            files.setdefault(named, []).append(name if parquet else f"{name}/**")
+    if files and others:
+        raise ValueError(
+            f"data_dir (--train_data_dir) {path} holds splits {sorted(files)} by name, but also {others[:5]}: give "
+            f"one split's folder, or move classes and files that are no splits into {path / split}"
+        )
+    kind = "parquet" if parquet else "imagefolder"
+    return kind, files or {split: others if parquet else ["**"]}
 
 
 def hold_out(
@@ -75,7 +110,8 @@ def hold_out(
         if name in found and name != split:
             return train, found[name].select(range(min(count, len(found[name]))))
     if validation_split:
-        raise ValueError(f"validation_split={validation_split!r} does not exist: this dataset has {sorted(found)}")
+        others = sorted(set(found) - {split})
+        raise ValueError(f"validation_split={validation_split!r} must be a split beside {split!r}: there are {others}")
     if len(train) <= count:
         raise ValueError(f"{count} images cannot be held out of {len(train)}: lower --num_validation_images")
     last = len(train) - count
@@ -108,7 +144,7 @@ class ImageTransform:
         scale = side / min(image.size)
         if self.max_scale > 1:
             scale *= 1 + (self.max_scale - 1) * torch.rand((), generator=generator).item()
-        width, height = (max(side, round(length * scale)) for length in image.size)
+        width, height = (round(length * scale) for length in image.size)
         if (width, height) != image.size:
             image = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
         if self.random_crop:
@@ -137,17 +173,13 @@ class ShuffledImages(Dataset):
         image_column: Name of the column.
 
     Raises:
-        ValueError: If the dataset is empty or has no such column.
+        ValueError: If the dataset is empty or has no such column of images.
     """
 
     def __init__(
         self, dataset: datasets.Dataset, transform: ImageTransform, seed: int = 0, image_column: str = "image"
     ):
-        if len(dataset) == 0:
-            raise ValueError("the dataset is empty")
-        if image_column not in dataset.column_names:
-            raise ValueError(f"image_column={image_column!r} does not exist: columns are {dataset.column_names}")
-        self.dataset = dataset.select_columns(image_column)
+        self.dataset = _only_images(dataset, image_column)
         self.transform = transform
         self.seed = seed
         self.image_column = image_column
@@ -168,9 +200,23 @@ class ShuffledImages(Dataset):
 
 
 def stack_images(dataset: datasets.Dataset, resolution: int, image_column: str = "image") -> torch.Tensor:
-    """All images of a small dataset, centre-cropped: (n, 3, resolution, resolution) in [-1, 1]."""
+    """
+    All images of a small dataset, centre-cropped: (n, 3, resolution, resolution) in [-1, 1].
+
+    Raises:
+        ValueError: If the dataset is empty or has no such column of images.
+    """
     transform = ImageTransform(resolution)
-    return torch.stack([transform(image) for image in dataset[image_column]])
+    return torch.stack([transform(item[image_column]) for item in _only_images(dataset, image_column)])
+
+
+def _only_images(dataset: datasets.Dataset, image_column: str) -> datasets.Dataset:
+    if len(dataset) == 0:
+        raise ValueError("the dataset is empty")
+    images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    if image_column not in images:
+        raise ValueError(f"image_column={image_column!r} is no column of images: those are {images}")
+    return dataset.select_columns(image_column)
 
 
 def _draw(low: int, high: int, generator: torch.Generator | None) -> int:

@@ -30,7 +30,7 @@ def find_checkpoints(output_dir: str | Path) -> list[Path]:
 def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int, total_limit: int | None) -> Path:
     """
     Writes `checkpoint-{step}` (everything prepared and registered with the accelerator) under a temporary name and
-    renames it, then removes the oldest ones beyond `total_limit`.
+    renames it, then removes the oldest other ones until `total_limit` are left (`None` keeps all).
     """
     target = Path(output_dir) / f"checkpoint-{step}"
     temporary = target.with_name(f".partial-{target.name}")
@@ -43,7 +43,9 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int,
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         if total_limit:
-            for old in find_checkpoints(output_dir)[:-total_limit]:
+            # Not by number alone: a run that went back to an older checkpoint writes smaller ones than are there.
+            others = [path for path in find_checkpoints(output_dir) if path != target]
+            for old in others[: max(0, len(others) + 1 - total_limit)]:
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return target
@@ -67,6 +69,7 @@ def load_checkpoint(accelerator: Accelerator, output_dir: str | Path, which: str
     else:
         path = Path(which)
     if not path.is_dir():
-        raise OSError(f"--resume_from_checkpoint {path} does not exist; there are {find_checkpoints(output_dir)}")
+        there = [str(checkpoint) for checkpoint in find_checkpoints(output_dir)]
+        raise OSError(f"--resume_from_checkpoint {path} does not exist; there are {there}")
     accelerator.load_state(str(path))
     return path

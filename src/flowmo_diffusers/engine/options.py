@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,35 +15,60 @@ def parse_with_config(
     Parses options whose defaults come from `--config file.yaml`; flags override the file.
 
     Args:
-        parser: Every key of the file must be one of its options.
+        parser: Every key of the file must be one of its options. A key without a value leaves the option's default.
         section: Name of the option whose value (say, "pretrain") names a section of the file; the keys of that
             section override those at the top, and the file's other sections are for other runs.
 
     Raises:
         SystemExit: With the option's name and what is wrong, as argparse does.
     """
+    options = {action.dest: action for action in parser._actions if action.dest != "help"}
     parser.add_argument("--config", type=Path, help="YAML file with defaults for these options; flags override it")
-    early = argparse.ArgumentParser(add_help=False)
+    early = argparse.ArgumentParser(prog=parser.prog, add_help=False)
     early.add_argument("--config", type=Path)
-    choices = next((a.choices for a in parser._actions if a.dest == section), None) or ()
     if section:
-        early.add_argument(f"--{section}", default=parser.get_default(section))
+        early.add_argument(f"--{section}")
     given, _ = early.parse_known_args(argv)
     if given.config is not None:
         if not given.config.is_file():
             parser.error(f"--config {given.config} does not exist")
-        values = yaml.safe_load(given.config.read_text()) or {}
-        chosen = values.get(getattr(given, section), {}) if section else {}
-        values = {key: value for key, value in values.items() if key not in choices} | chosen
-        known = {action.dest: action for action in parser._actions}
-        if unknown := sorted(set(values) - set(known)):
-            parser.error(f"--config {given.config} has unknown keys {unknown}")
-        for key, value in values.items():
-            action = known[key]
-            if action.choices is not None and value not in action.choices:
-                parser.error(f"--config {given.config}: {key}={value!r} must be one of {list(action.choices)}")
-            # argparse converts defaults that are strings by the option's own type.
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            parser.set_defaults(**{key: str(value) if number and action.type is not None else value})
-            action.required = False
+        try:
+            values = _mapping(yaml.safe_load(given.config.read_text()), "the file")
+            if section:
+                names = options[section].choices or ()
+                chosen = getattr(given, section) or values.get(section) or parser.get_default(section)
+                own = _mapping(values.get(chosen), chosen) if chosen in names else {}
+                values = {key: value for key, value in values.items() if key not in names} | own
+            if unknown := sorted(str(key) for key in values if key not in options):
+                raise ValueError(f"unknown keys {unknown}")
+            for key, value in values.items():
+                if value is not None:
+                    parser.set_defaults(**{key: _default(options[key], value)})
+                    options[key].required = False
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            parser.error(f"--config {given.config}: {error}")
     return parser.parse_args(argv)
+
+
+def _mapping(value: Any, name: str) -> dict:
+    if not isinstance(value, dict | None):
+        raise ValueError(f"{name} must be a mapping of options to values, not {value!r}")
+    return value or {}
+
+
+def _default(action: argparse.Action, value: Any) -> Any:
+    """What the file says as this option's default: a string, which argparse converts as if it were a flag's, a switch
+    (true or false), or a list or mapping where the option has no type."""
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"{action.dest}={value!r} must be true or false")
+        return value
+    if isinstance(value, bool):
+        raise ValueError(f"{action.dest}={value!r} is no switch: quote a word that YAML reads as one, such as 'no'")
+    if isinstance(value, list | dict) and action.type is None and action.choices is None:
+        return value
+    if isinstance(value, list | dict):
+        raise ValueError(f"{action.dest}={value!r} must be a single value")
+    if action.choices is not None and str(value) not in map(str, action.choices):
+        raise ValueError(f"{action.dest}={value!r} must be one of {list(action.choices)}")
+    return str(value)

@@ -16,7 +16,7 @@ def labelled_rows(rows: Mapping[str, torch.Tensor], side: int = 96) -> PIL.Image
 
     Args:
         rows: Label to images (n, 3, h, w) in [-1, 1].
-        side: Height of a shown image in pixels; small images are enlarged by whole pixels.
+        side: Height of a shown image in pixels; small images are enlarged without smoothing.
     """
     font = PIL.ImageFont.load_default(size=15)
     margin, text = 6, 24

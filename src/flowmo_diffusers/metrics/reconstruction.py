@@ -18,6 +18,11 @@ def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
     Returns:
         (b,); infinite where two images are equal.
+
+    Raises:
+        ValueError: If the shapes differ.
     """
+    if x.shape != y.shape:
+        raise ValueError(f"x and y must have one shape, not {tuple(x.shape)} and {tuple(y.shape)}")
     squares = (to_uint8(x).float() - to_uint8(y).float()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255.0**2 / squares)

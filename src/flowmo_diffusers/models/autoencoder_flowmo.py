@@ -1,5 +1,6 @@
 """FlowMoAutoencoder: encoder, quantizer and velocity decoder of FlowMo (arXiv 2503.11056, section 3.1)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,9 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from flowmo_diffusers.models.mmdit import FlowMoTrunk, patchify, scale_rope_axes, unpatchify
-from flowmo_diffusers.models.quantizers import build_quantizer
+from flowmo_diffusers.models.mmdit import FlowMoTrunk, patchify, unpatchify
+from flowmo_diffusers.models.quantizers import Generators, build_quantizer
+from flowmo_diffusers.models.rotary import scale_rope_axes
 
 
 @dataclass
@@ -68,7 +70,7 @@ class FlowMoAutoencoder(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixi
         mlp_ratio: Width of a block's MLP over the block's width.
         rope_axes: Proportions of the rotary axes (token, row, column), scaled to each trunk's head width.
         rope_theta: Base of the rotary frequencies.
-        fsq_levels: Values a channel can take, for "fsq" only; a power of two.
+        fsq_levels: Values a channel can take, for "fsq" only; a power of two up to 256.
 
     Raises:
         ValueError: If fields do not fit each other; the message names the field and what would fit.
@@ -143,7 +145,7 @@ class FlowMoAutoencoder(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixi
 
     @apply_forward_hook
     def encode(
-        self, images: torch.Tensor, generator: torch.Generator | None = None, return_dict: bool = True
+        self, images: torch.Tensor, generator: Generators = None, return_dict: bool = True
     ) -> FlowMoEncoderOutput | tuple:
         """
         Args:
@@ -168,7 +170,7 @@ class FlowMoAutoencoder(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixi
         images: torch.Tensor | None = None,
         codes: torch.Tensor | None = None,
         code_mask: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> FlowMoAutoencoderOutput | tuple:
         """
@@ -187,6 +189,8 @@ class FlowMoAutoencoder(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixi
         """
         if (images is None) == (codes is None):
             raise ValueError("give either `images` or `codes`, not both and not neither")
+        if sample is None and images is None:
+            raise ValueError("sample is missing: `codes` alone have no velocity")
         indices = losses = None
         if images is not None:
             self._check_images(images, "images")
@@ -290,6 +294,8 @@ class FlowMoAutoencoder(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixi
             raise ValueError(f"timestep has {timestep.shape[0]} values; expected 1 or the batch, {sample.shape[0]}")
         tokens = nn.functional.pad(codes, (0, 1), value=1.0)
         if code_mask is not None:
+            if code_mask.shape != codes.shape[:1]:
+                raise ValueError(f"code_mask has shape {tuple(code_mask.shape)}; expected ({codes.shape[0]},)")
             tokens = tokens * code_mask.to(tokens.dtype)[:, None, None]
         patches = patchify(sample, self.config.patch_size)
         patches = self.decoder(patches, self._grid(sample), codes.shape[1], tokens.to(patches.dtype), timestep)
@@ -324,13 +330,19 @@ def _check_config(config) -> None:
         "patch_size",
         "num_latent_tokens",
         "latent_channels",
+        "codebook_bits",
         "encoder_num_layers",
         "decoder_num_layers",
+        "encoder_hidden_size",
+        "decoder_hidden_size",
         "num_attention_heads",
+        "fsq_levels",
     ):
-        value = config[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if type(config[name]) is not int or config[name] < 1:
+            raise ValueError(f"{name}={config[name]!r} must be a whole number of at least 1")
+    for name, published in (("mlp_ratio", 4.0), ("rope_theta", 10000.0)):
+        if type(config[name]) not in (int, float) or not 0 < config[name] < math.inf:
+            raise ValueError(f"{name}={config[name]!r} must be a positive number; the published value is {published}")
     if config.sample_size % config.patch_size:
         raise ValueError(
             f"sample_size={config.sample_size} must be a multiple of patch_size={config.patch_size}, e.g. "
@@ -338,13 +350,11 @@ def _check_config(config) -> None:
         )
     for name in ("encoder_hidden_size", "decoder_hidden_size"):
         width, heads = config[name], config.num_attention_heads
-        if not isinstance(width, int) or width < 1 or width % heads:
-            raise ValueError(f"{name}={width!r} must be a multiple of num_attention_heads={heads}, e.g. {heads * 64}")
+        if width % heads:
+            raise ValueError(f"{name}={width} must be a multiple of num_attention_heads={heads}, e.g. {heads * 64}")
         try:
-            scale_rope_axes(tuple(config.rope_axes), width // heads)
+            scale_rope_axes(config.rope_axes, width // heads)
         except ValueError as error:
             raise ValueError(f"{name}={width} with num_attention_heads={heads}: {error}") from None
         if width * config.mlp_ratio < 1:
             raise ValueError(f"mlp_ratio={config.mlp_ratio} leaves no channel in the MLP; the published value is 4.0")
-    if not config.rope_theta > 0:
-        raise ValueError(f"rope_theta={config.rope_theta} must be positive; the published value is 10000.0")

@@ -6,8 +6,6 @@ patches. What the read-out stream does not depend on is not built: the last bloc
 as it gives keys and values.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
@@ -15,10 +13,11 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, apply_rotary_emb, get_timestep_embedding
 from torch import nn
 
-from flowmo_diffusers.models.rotary import rotary_table
+from flowmo_diffusers.models.rotary import Rotary, rotary_table, scale_rope_axes
 
 
-Streams = tuple[torch.Tensor, torch.Tensor]
+# Latent tokens and patches, each (b, length, dim); `None` for a stream that attention leaves as it is.
+Streams = tuple[torch.Tensor | None, torch.Tensor | None]
 
 TIME_FEATURES = 256
 TIME_SCALE = 1000.0
@@ -40,6 +39,7 @@ def unpatchify(patches: torch.Tensor, patch_size: int, height: int, width: int) 
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """AdaLN: (1 + scale) x + shift, for x (b, length, dim) and shift and scale (b or 1, 1, dim)."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
@@ -58,6 +58,13 @@ class FusedProjection(nn.Linear):
         return F.linear(x, self.weight[dim:], self.bias[dim:])
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMS norm in float32, scale included, whatever the dtype of the weights and of the input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
 class FlowMoStreamProjections(nn.Module):
     """What one stream brings to joint attention: fused projection, RMS norm of queries and keys, output."""
 
@@ -66,16 +73,15 @@ class FlowMoStreamProjections(nn.Module):
         head_dim = dim // num_heads
         self.num_heads = num_heads
         self.to_qkv = FusedProjection(dim, context_only)
-        self.norm_q = None if context_only else nn.RMSNorm(head_dim, eps=1e-6)
-        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6)
+        self.norm_q = None if context_only else HeadNorm(head_dim, eps=1e-6)
+        self.norm_k = HeadNorm(head_dim, eps=1e-6)
         self.to_out = None if context_only else nn.Linear(dim, dim)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """(b, length, dim) to queries (`None` in a context stream), keys, values: (b, length, heads, head width)."""
         heads = self.to_qkv(x).unflatten(-1, (-1, self.num_heads, x.shape[-1] // self.num_heads))
         *query, key, value = heads.unbind(2)
-        query = self.norm_q(query[0].float()).to(value.dtype) if query else None
-        return query, self.norm_k(key.float()).to(value.dtype), value
+        return self.norm_q(query[0]) if query else None, self.norm_k(key), value
 
 
 class FlowMoAttnProcessor:
@@ -84,7 +90,9 @@ class FlowMoAttnProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: "FlowMoAttention", tokens: torch.Tensor, patches: torch.Tensor, rotary: Any) -> Streams:
+    def __call__(
+        self, attn: "FlowMoAttention", tokens: torch.Tensor, patches: torch.Tensor, rotary: Rotary
+    ) -> Streams:
         token_query, token_key, token_value = attn.tokens(tokens)
         patch_query, patch_key, patch_value = attn.patches(patches)
         query = torch.cat([q for q in (token_query, patch_query) if q is not None], dim=1)
@@ -111,6 +119,13 @@ class FlowMoAttnProcessor:
 
 
 class FlowMoAttention(nn.Module, AttentionModuleMixin):
+    """
+    Weights of joint attention over both streams; the processor computes it.
+
+    Args:
+        context: The stream ("tokens" or "patches") that gives keys and values only, or `None`.
+    """
+
     _default_processor_cls = FlowMoAttnProcessor
     _available_processors = [FlowMoAttnProcessor]
     _supports_qkv_fusion = False  # the projections are one matrix already
@@ -123,7 +138,7 @@ class FlowMoAttention(nn.Module, AttentionModuleMixin):
         self.patches = FlowMoStreamProjections(dim, num_heads, context_only=context == "patches")
         self.set_processor(self._default_processor_cls())
 
-    def forward(self, tokens: torch.Tensor, patches: torch.Tensor, rotary: Any) -> Streams:
+    def forward(self, tokens: torch.Tensor, patches: torch.Tensor, rotary: Rotary) -> Streams:
         return self.processor(self, tokens, patches, rotary)
 
 
@@ -187,7 +202,19 @@ class FlowMoBlock(nn.Module):
         self.tokens = FlowMoStream(dim, mlp_ratio, timed, context_only=context == "tokens")
         self.patches = FlowMoStream(dim, mlp_ratio, timed, context_only=context == "patches")
 
-    def forward(self, tokens: torch.Tensor, patches: torch.Tensor, time: torch.Tensor | None, rotary: Any) -> Streams:
+    def forward(
+        self, tokens: torch.Tensor, patches: torch.Tensor, time: torch.Tensor | None, rotary: Rotary
+    ) -> Streams:
+        """
+        Args:
+            tokens: (b, num_tokens, dim).
+            patches: (b, rows * columns, dim).
+            time: Time embedding (b or 1, dim); `None` without modulation.
+            rotary: See [`rotary_table`].
+
+        Returns:
+            Both streams; a context stream as it came.
+        """
         token_input, token_rest = self.tokens.before_attention(tokens, time)
         patch_input, patch_rest = self.patches.before_attention(patches, time)
         token_attended, patch_attended = self.attn(token_input, patch_input, rotary)
@@ -223,7 +250,10 @@ class FlowMoTrunk(nn.Module):
             position alone), "patches" for a decoder (modulated by time, tokens given).
         patch_features: Width of a flattened patch.
         token_features: Width of a latent token where it enters (decoder) or leaves (encoder).
+        num_layers: Blocks.
+        dim: Width of both streams.
         rope_axes: Proportions of the three rotary axes, scaled to the head width.
+        rope_theta: Base of the rotary frequencies.
     """
 
     def __init__(
@@ -293,24 +323,3 @@ class FlowMoTrunk(nn.Module):
             else:
                 tokens, patches = block(tokens, patches, time, rotary)
         return self.head(tokens if self.readout == "tokens" else patches, time)
-
-
-def scale_rope_axes(rope_axes: tuple[int, ...], head_dim: int) -> tuple[int, ...]:
-    """
-    Rotary widths in the proportions of `rope_axes` that fill a head of `head_dim` channels.
-
-    Raises:
-        ValueError: If the proportions do not give three even whole numbers.
-    """
-    total = sum(rope_axes)
-    if len(rope_axes) != 3 or total <= 0 or any(axis <= 0 or axis * head_dim % (2 * total) for axis in rope_axes):
-        raise ValueError(
-            f"rope_axes={tuple(rope_axes)} cannot be scaled to a head width of {head_dim}: three positive proportions "
-            f"are needed whose shares of {head_dim} are even whole numbers, e.g. {_even_axes(head_dim)}"
-        )
-    return tuple(axis * head_dim // total for axis in rope_axes)
-
-
-def _even_axes(head_dim: int) -> str:
-    side = head_dim * 28 // 64 // 2 * 2
-    return str((head_dim - 2 * side, side, side)) if head_dim % 2 == 0 else "any of an even head width"

@@ -1,7 +1,8 @@
 """
 Quantizers: from the encoder's latents to the codes the decoder sees.
 
-One interface for all: `quantizer(latents)` gives codes, indices and the unweighted terms of the training loss.
+One interface for all: `quantizer(latents, generator)` takes latents (b, tokens, channels) and gives codes, indices and
+the unweighted terms of the training loss. Terms are computed in float32 whatever the latents' dtype.
 """
 
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from torch import nn
 
 
 ENTROPY_TEMPERATURE = 0.1
+
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 @dataclass
@@ -40,23 +43,23 @@ class NoQuantizer(nn.Module):
     is_discrete = False
     latent_multiplier = 1
 
-    def forward(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> QuantizerOutput:
+    def forward(self, latents: torch.Tensor, generator: Generators = None) -> QuantizerOutput:
         return QuantizerOutput(latents)
 
 
 class KLQuantizer(nn.Module):
     """
     A diagonal Gaussian over the whole latent. The encoder emits mean and log-variance side by side, so its latents
-    have twice the channels of the codes.
+    have twice the channels of the codes. The training term kl_loss is summed over the latent and averaged over images.
     """
 
     is_discrete = False
     latent_multiplier = 2
 
-    def forward(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> QuantizerOutput:
+    def forward(self, latents: torch.Tensor, generator: Generators = None) -> QuantizerOutput:
         # (b, 2 channels, tokens, 1): the image-like layout diffusers' distribution splits and sums over.
-        gaussian = DiagonalGaussianDistribution(latents.transpose(1, 2).unsqueeze(-1))
-        codes = gaussian.sample(generator).squeeze(-1).transpose(1, 2)
+        gaussian = DiagonalGaussianDistribution(latents.float().transpose(1, 2).unsqueeze(-1))
+        codes = gaussian.sample(generator).squeeze(-1).transpose(1, 2).to(latents.dtype)
         losses = {"kl_loss": gaussian.kl().mean()} if self.training else {}
         return QuantizerOutput(codes, losses=losses)
 
@@ -67,6 +70,9 @@ class ScalarQuantizer(nn.Module):
 
     Channels are gathered into groups of `codebook_bits` bits, group g holding channels g, g + groups, g + 2 groups,
     ...; a group's index is sum_d level_d * levels^d.
+
+    Raises:
+        ValueError: If `levels` is not a power of two up to 256, or the bits cannot be divided into groups.
     """
 
     is_discrete = True
@@ -77,8 +83,11 @@ class ScalarQuantizer(nn.Module):
         self.channels = channels
         self.levels = levels
         self.bits_per_channel = levels.bit_length() - 1
-        if levels < 2 or levels != 1 << self.bits_per_channel:
-            raise ValueError(f"fsq_levels={levels} must be a power of two, at least 2, so that bits are exact")
+        if not 2 <= levels <= 256 or levels != 1 << self.bits_per_channel:
+            raise ValueError(
+                f"fsq_levels={levels} must be a power of two from 2 to 256: a channel then is whole bits, and "
+                "bfloat16 still tells its levels apart"
+            )
         self.group_size, rest = divmod(codebook_bits, self.bits_per_channel)
         if not 1 <= codebook_bits <= 24 or rest or channels % self.group_size:
             fitting = [d * self.bits_per_channel for d in range(1, channels + 1) if channels % d == 0]
@@ -98,10 +107,11 @@ class ScalarQuantizer(nn.Module):
         return self.levels**self.group_size
 
     def codes_to_levels(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes in [-1, 1] to whole levels 0 ... levels - 1, int64."""
-        return ((codes.float() + 1) * ((self.levels - 1) / 2)).round().long()
+        """Codes to the nearest of the whole levels 0 ... levels - 1, int64."""
+        return ((codes.float() + 1) * ((self.levels - 1) / 2)).round().clamp(0, self.levels - 1).long()
 
     def levels_to_codes(self, levels: torch.Tensor) -> torch.Tensor:
+        """Whole levels to float32 codes in [-1, 1]."""
         return levels.float() * (2 / (self.levels - 1)) - 1
 
     def codes_to_indices(self, codes: torch.Tensor) -> torch.Tensor:
@@ -128,7 +138,7 @@ class LFQQuantizer(ScalarQuantizer):
     def __init__(self, channels: int, codebook_bits: int):
         super().__init__(channels, codebook_bits, levels=2)
 
-    def forward(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> QuantizerOutput:
+    def forward(self, latents: torch.Tensor, generator: Generators = None) -> QuantizerOutput:
         signs = torch.where(latents > 0, 1.0, -1.0).to(latents.dtype)
         losses = {}
         if self.training:
@@ -149,10 +159,10 @@ class FSQQuantizer(ScalarQuantizer):
     bounded by tanh and rounded, with a straight-through gradient. It needs no training term.
     """
 
-    def forward(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> QuantizerOutput:
-        bounded = latents.tanh()
-        codes = self.levels_to_codes(self.codes_to_levels(bounded)).to(latents.dtype)
-        return QuantizerOutput(straight_through(codes, bounded), self.codes_to_indices(codes))
+    def forward(self, latents: torch.Tensor, generator: Generators = None) -> QuantizerOutput:
+        bounded = latents.float().tanh()
+        codes = self.levels_to_codes(self.codes_to_levels(bounded))
+        return QuantizerOutput(straight_through(codes, bounded).to(latents.dtype), self.codes_to_indices(codes))
 
 
 def lfq_entropies(vectors: torch.Tensor, eps: float = 1e-5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,8 +175,11 @@ def lfq_entropies(vectors: torch.Tensor, eps: float = 1e-5) -> tuple[torch.Tenso
     N x 2^K is formed.
 
     Args:
-        vectors: Latent groups (N, K).
+        vectors: Latent groups (N, K), of any floating dtype; computed in float32.
         eps: Added inside the logarithm of the mean distribution, as published.
+
+    Returns:
+        Two scalars, from about 0 to K log 2.
     """
     with torch.autocast(vectors.device.type, enabled=False):
         logits = vectors.float() * (4 / ENTROPY_TEMPERATURE)
@@ -184,14 +197,20 @@ def lfq_entropies(vectors: torch.Tensor, eps: float = 1e-5) -> tuple[torch.Tenso
 def _code_distribution(logits: torch.Tensor) -> torch.Tensor:
     """Bit logits (N, k) to probabilities (N, 2^k) of the codes sum_d bit_d 2^d."""
     ones, zeros = logits.sigmoid(), (-logits).sigmoid()
-    distribution = torch.ones_like(logits[:, :1])
-    for one, zero in zip(ones.split(1, dim=1), zeros.split(1, dim=1), strict=True):
-        distribution = torch.cat([distribution * zero, distribution * one], dim=1)
+    distribution = logits.new_ones(logits.shape[0], 1)
+    for one, zero in zip(ones.unbind(1), zeros.unbind(1), strict=True):
+        distribution = torch.cat([distribution * zero[:, None], distribution * one[:, None]], dim=1)
     return distribution
 
 
 def build_quantizer(name: str, channels: int, codebook_bits: int, fsq_levels: int) -> nn.Module:
     """
+    Args:
+        name: "lfq", "fsq", "kl" or "none".
+        channels: Channels of the codes.
+        codebook_bits: Bits of a group, where codes are discrete.
+        fsq_levels: Values a channel can take, for "fsq".
+
     Raises:
         ValueError: If the name is unknown or the bits cannot be divided into groups.
     """

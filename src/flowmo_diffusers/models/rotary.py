@@ -1,20 +1,23 @@
 """Rotary positions shared by image patches and latent tokens (three axes: token, row, column)."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
 
-@lru_cache(maxsize=64)
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
 def rotary_table(
     num_tokens: int, rows: int, columns: int, axes: tuple[int, ...], theta: float, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Rotary:
     """
     Cosines and sines for a sequence of `num_tokens` latent tokens followed by `rows x columns` patches.
 
-    Token i sits at (i, i, i), a patch at (0, row, column). Tables depend on sizes only, so each is computed once, in
-    float64 on the CPU, and reused by every later forward.
+    Token i sits at (i, i, i), a patch at (0, row, column). Tables depend on sizes only, so each is computed once and
+    reused by every later forward.
 
     Args:
         axes: Even channel widths of the three axes; their sum is the head width.
@@ -22,17 +25,60 @@ def rotary_table(
     Returns:
         Two float32 tensors of shape (num_tokens + rows * columns, head width); neighbours 2k and 2k + 1 form a pair.
     """
+    # While a graph is traced, sizes and tensors are symbols: kept, they would reach later calls outside of the graph.
+    if torch.compiler.is_compiling():
+        return _compute_table(num_tokens, rows, columns, axes, theta, device)
+    return _cached_table(num_tokens, rows, columns, axes, theta, device)
+
+
+@lru_cache(maxsize=64)
+def _cached_table(*sizes) -> Rotary:
     # A table born under inference mode could not be saved for backward by a later training step.
-    with torch.inference_mode(False), torch.device("cpu"):
-        tokens = torch.arange(num_tokens)[:, None].expand(-1, 3)
-        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        patches = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
-        positions = torch.cat([tokens, patches]).double()
-        tables = [
-            get_1d_rotary_pos_embed(
-                width, positions[:, axis], theta, use_real=True, repeat_interleave_real=True, freqs_dtype=torch.float64
-            )
-            for axis, width in enumerate(axes)
-        ]
-        cosines, sines = (torch.cat(parts, dim=-1).to(device) for parts in zip(*tables, strict=True))
+    with torch.inference_mode(False):
+        return _compute_table(*sizes)
+
+
+def _compute_table(
+    num_tokens: int, rows: int, columns: int, axes: tuple[int, ...], theta: float, device: torch.device
+) -> Rotary:
+    tokens = torch.arange(num_tokens, device=device)[:, None].expand(-1, 3)
+    row, column = torch.meshgrid(
+        torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
+    )
+    patches = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
+    positions = torch.cat([tokens, patches])
+
+    # Angles in float64, hence on the CPU, since not every device has it: one row for each number along an axis.
+    numbers = torch.arange(max(num_tokens, rows, columns), dtype=torch.float64, device="cpu")
+    tables = [
+        get_1d_rotary_pos_embed(width, numbers, theta, use_real=True, freqs_dtype=torch.float64) for width in axes
+    ]
+    cosines, sines = (
+        torch.cat([table.to(device)[positions[:, axis]] for axis, table in enumerate(parts)], dim=-1)
+        for parts in zip(*tables, strict=True)
+    )
     return cosines, sines
+
+
+def scale_rope_axes(rope_axes: Sequence[int], head_dim: int) -> tuple[int, ...]:
+    """
+    Rotary widths in the proportions of `rope_axes` that fill a head of `head_dim` channels.
+
+    Raises:
+        ValueError: If these are not three positive whole numbers, or their shares are not even whole numbers.
+    """
+    whole = isinstance(rope_axes, Sequence) and all(type(axis) is int and axis > 0 for axis in rope_axes)
+    if not whole or len(rope_axes) != 3 or any(axis * head_dim % (2 * sum(rope_axes)) for axis in rope_axes):
+        raise ValueError(
+            f"rope_axes={rope_axes} cannot be scaled to a head width of {head_dim}: three positive whole proportions "
+            f"are needed whose shares of {head_dim} are even whole numbers, e.g. {_even_axes(head_dim)}"
+        )
+    return tuple(axis * head_dim // sum(rope_axes) for axis in rope_axes)
+
+
+def _even_axes(head_dim: int) -> str:
+    """The published proportions (8, 28, 28), rounded to even widths."""
+    side = head_dim * 28 // 64 // 2 * 2
+    if head_dim % 2 or side == 0:
+        return "any three of an even head width of at least 6"
+    return str((head_dim - 2 * side, side, side))

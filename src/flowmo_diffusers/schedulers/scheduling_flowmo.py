@@ -40,6 +40,8 @@ class FlowMoScheduler(SchedulerMixin, ConfigMixin):
     def __init__(self, num_train_timesteps: int = 1000, rho: float = 4.0, solver: str = "euler"):
         if solver not in ("euler", "heun"):
             raise ValueError(f"solver={solver!r} is unknown: it must be 'euler' or 'heun'")
+        if num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps={num_train_timesteps} must be at least 1; the usual value is 1000")
         if not rho > 0:
             raise ValueError(f"rho={rho} must be positive; the paper's value is 4.0")
         self.order = 1 if solver == "euler" else 2
@@ -61,10 +63,12 @@ class FlowMoScheduler(SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
+        """Sampling begins there instead of at the position of the first `timestep` given to `step`."""
         self._begin_index = begin_index
 
     @property
     def init_noise_sigma(self) -> float:
+        """Standard deviation of the noise that sampling begins with."""
         return 1.0
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
@@ -73,8 +77,12 @@ class FlowMoScheduler(SchedulerMixin, ConfigMixin):
 
     def set_timesteps(self, num_inference_steps: int = 25, device: str | torch.device | None = None) -> None:
         """
-        Lays the grid: `times` holds t_0 ... t_n, `timesteps` the times at which the model is asked, in units of
-        `num_train_timesteps`.
+        Lays the grid and forgets the previous run: `times` holds t_0 ... t_n, `timesteps` the times at which the
+        model is asked, scaled by `num_train_timesteps`: n for Euler, 2n - 1 for Heun.
+
+        Args:
+            num_inference_steps: n.
+            device: Of `timesteps`; `times` stay on the CPU.
 
         Raises:
             ValueError: If there is not at least one step.
@@ -105,16 +113,20 @@ class FlowMoScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             model_output: The velocity v at `sample` (b, c, h, w).
-            timestep: The entry of `timesteps` at which the model was asked.
+            timestep: The entry of `timesteps` at which the model was asked. Only the first call reads it.
             sample: x at that time (b, c, h, w).
+            return_dict: Whether to return a [`FlowMoSchedulerOutput`] or a tuple of one.
 
         Raises:
-            ValueError: If `set_timesteps` was not called.
+            ValueError: If `set_timesteps` was not called, if sampling begins at a time that is not one of
+                `timesteps`, or if it has already reached the image.
         """
         if self.times is None:
             raise ValueError("num_inference_steps is not set: call `set_timesteps` before `step`")
         if self._step_index is None:
             self._step_index = self._begin_index if self._begin_index is not None else self._index_for(timestep)
+        if self._step_index >= len(self.timesteps):
+            raise ValueError("the last step is done: call `set_timesteps` before sampling again")
         v, x = model_output.float(), sample.float()
         if self.order == 1:
             i = self._step_index
@@ -151,8 +163,11 @@ class FlowMoScheduler(SchedulerMixin, ConfigMixin):
         return (t * noise.float() + (1 - t) * original_samples.float()).to(original_samples.dtype)
 
     def _index_for(self, timestep: torch.Tensor | float) -> int:
-        distance = (self.timesteps.cpu() - float(timestep)).abs()
-        return int(distance.argmin())
+        """Of a time asked twice, the later entry: it is the one a step begins with."""
+        matches = (self.timesteps.cpu() == float(timestep)).nonzero()
+        if len(matches) == 0:
+            raise ValueError(f"timestep={timestep} is not on the grid: it must be an entry of `timesteps`")
+        return int(matches[-1])
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
