@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -14,6 +13,7 @@ from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from flowmo_diffusers.models.autoencoder_flowmo import FlowMoAutoencoder
+from flowmo_diffusers.models.loading import OwnCheckpointsOnly
 from flowmo_diffusers.pipelines.registration import register_library
 from flowmo_diffusers.schedulers.scheduling_flowmo import FlowMoScheduler
 
@@ -39,7 +39,7 @@ class FlowMoPipelineOutput(BaseOutput):
     indices: torch.Tensor | None = None
 
 
-class FlowMoPipeline(DiffusionPipeline):
+class FlowMoPipeline(OwnCheckpointsOnly, DiffusionPipeline):
     r"""
     Reconstructs images through FlowMo's tokens (arXiv 2503.11056).
 
@@ -78,31 +78,13 @@ class FlowMoPipeline(DiffusionPipeline):
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False is refused: weights are read from safetensors only")
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
-        if pipeline.autoencoder is not None and kwargs.get("device_map") is None:
-            # diffusers only warns of weights that a checkpoint lacks, and leaves them on the meta device.
-            missing = [name for name, weight in pipeline.autoencoder.named_parameters() if weight.is_meta]
-            if missing:
-                raise ValueError(
-                    f"{pretrained_model_name_or_path} is not a checkpoint of this model: {len(missing)} weights are "
-                    f"missing, {missing[0]!r} for one"
-                )
-        return pipeline
+        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
 
     def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs) -> None:
         """As [`DiffusionPipeline.save_pretrained`], but always to safetensors."""
         if not safe_serialization:
             logger.warning("safe_serialization=False is ignored: FlowMo's weights are written to safetensors only")
         super().save_pretrained(save_directory, **kwargs)
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs) -> tuple[dict, dict, dict]:
-        """Refuses the `model_index.json` of another pipeline, of which diffusers would take what has a known name."""
-        name = config_dict.get("_class_name", cls.__name__)
-        name = name if isinstance(name, str) else name[-1]  # [file, class] where a checkpoint carries its code
-        if name not in (base.__name__ for base in cls.__mro__):
-            raise ValueError(f"this is the checkpoint of a {name}, not of a {cls.__name__}")
-        return super().extract_init_dict(config_dict, **kwargs)
 
     @property
     def guidance_scale(self) -> float:

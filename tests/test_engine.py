@@ -493,3 +493,16 @@ def test_step_generator():
     state = torch.get_rng_state()
     step_generator(3, 1)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_atomic_folder_leaves_no_older_layout(tmp_path):
+    """Shards of an earlier save that survive beside a later, unsharded one and are loaded in its place."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights-1-of-2.safetensors").write_text("old")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "events").write_text("kept")
+    with atomic_folder(tmp_path) as folder:
+        (folder / "model").mkdir()
+        (folder / "model" / "weights.safetensors").write_text("new")
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["weights.safetensors"]
+    assert (tmp_path / "logs" / "events").read_text() == "kept"

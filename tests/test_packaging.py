@@ -9,6 +9,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
+PIPELINE_MODULE = "flowmo_diffusers.pipelines.pipeline_flowmo"
 IMPORT = """
 import flowmo_diffusers
 from flowmo_diffusers import FlowMoPipeline
@@ -37,10 +38,12 @@ def test_wheel(tmp_path):
     assert sources <= names
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True)
-    # -S -s -E would lose the dependencies; the folder comes first, and the printed path shows what was imported.
-    code = f"import sys; sys.path.insert(0, {str(site)!r}); sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f).lower()]\n{IMPORT}"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout.split() == [
-        str(site / "flowmo_diffusers" / "__init__.py"),
-        "flowmo_diffusers.pipelines.pipeline_flowmo",
-    ]
+    # The wheel first, and no finder of an editable install before it; the printed path shows what was imported.
+    prepare = f"""
+import sys
+sys.path.insert(0, {str(site)!r})
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
+"""
+    command = [sys.executable, "-c", prepare + IMPORT]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == [str(site / "flowmo_diffusers" / "__init__.py"), PIPELINE_MODULE]

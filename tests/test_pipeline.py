@@ -664,7 +664,7 @@ def test_another_models_weights_are_refused(tiny_pipeline, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path)
     shutil.rmtree(tmp_path / "autoencoder")
     tiny_unet().save_pretrained(tmp_path / "autoencoder")
-    with pytest.raises(ValueError, match="not a checkpoint of this model"):
+    with pytest.raises(ValueError, match="checkpoint of a UNet2DModel, not of a FlowMoAutoencoder"):
         FlowMoPipeline.from_pretrained(tmp_path)
 
 
@@ -675,8 +675,13 @@ def test_missing_weights_are_refused(tiny_pipeline, tmp_path):
     weights = load_file(file)
     del weights["encoder.latent_token"]
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="1 weights are missing, 'encoder.latent_token'"):
+    with pytest.raises(ValueError, match="missing.*encoder.latent_token"):
         FlowMoPipeline.from_pretrained(tmp_path)
+    save_file(weights | {"extra": torch.zeros(1)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="unexpected.*extra"):
+        FlowMoAutoencoder.from_pretrained(tmp_path / "autoencoder", low_cpu_mem_usage=False)
+    with pytest.raises(ValueError, match="use_safetensors=False"):
+        FlowMoAutoencoder.from_pretrained(tmp_path / "autoencoder", use_safetensors=False)
 
 
 def test_components_can_be_given_to_from_pretrained(tiny_pipeline, tmp_path):

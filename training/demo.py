@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from flowmo_diffusers import FlowMoPipeline
+from flowmo_diffusers import FlowMoAutoencoder, FlowMoPipeline
 from flowmo_diffusers.assets import asset_path
 from flowmo_diffusers.data.images import EMBEDDED_DATASET, load_images, stack_images
 from flowmo_diffusers.engine.files import atomic_file
@@ -33,6 +33,7 @@ SHORT = {"pretrain": 450, "posttrain": 40}
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
+    parser.add_argument("--evaluate", type=Path, nargs="+", help="only measure these pipelines on the held-out images")
     parser.add_argument("--from_scratch", action="store_true", help="train to the end of the starter's preset (hours)")
     return parser.parse_args()
 
@@ -69,9 +70,7 @@ def main() -> None:
     held_out = load_images(EMBEDDED_DATASET)["test"].select(range(NUM_IMAGES))
     perceptual = load_perceptual_network("lpips-alex")
     starter = asset_path("starter")
-    side = (
-        FlowMoPipeline.load_config(starter) and FlowMoPipeline.from_pretrained(starter).autoencoder.config.sample_size
-    )
+    side = FlowMoAutoencoder.load_config(starter, subfolder="autoencoder")["sample_size"]
     images = stack_images(held_out, side)
 
     mean_colour = images.mean(dim=(2, 3), keepdim=True).expand_as(images)
@@ -87,6 +86,10 @@ def main() -> None:
         metrics[name] |= more
         print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics[name].items()), flush=True)
 
+    if args.evaluate:
+        for folder in args.evaluate:
+            add(str(folder), folder)
+        return
     add("starter", starter)
     folder = args.output_dir / "pretrain"
     shutil.rmtree(args.output_dir / "posttrain", ignore_errors=True)

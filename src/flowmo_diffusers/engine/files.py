@@ -13,7 +13,8 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     """
     A temporary folder beside `target` to write into. On success its files take their places in `target`, each by one
     rename, those at the top last (an index such as `model_index.json` thus never points at what is not there yet).
-    On failure `target` is as it was.
+    A folder written into replaces the one of its name, without what that held besides. On failure `target` is as it
+    was.
     """
     target = Path(target)
     target.mkdir(parents=True, exist_ok=True)
@@ -25,6 +26,11 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
             place = target / path.relative_to(temporary)
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, place)
+        written = {path.relative_to(temporary) for path in files}
+        for folder in {path.parts[0] for path in written if len(path.parts) > 1}:
+            for old in (target / folder).rglob("*"):
+                if old.is_file() and old.relative_to(target) not in written:
+                    old.unlink()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
