@@ -26,8 +26,11 @@ from flowmo_diffusers.objectives.perceptual import load_perceptual_network
 
 HERE = Path(__file__).parent
 NUM_IMAGES = 128
-# A few minutes of each stage on 2 CPU cores; without these the preset's own, full lengths hold.
-SHORT = {"pretrain": 450, "posttrain": 40}
+# A few minutes of each stage on 2 CPU cores, with an EMA to match; without these the preset's own, full lengths hold.
+SHORT = {
+    "pretrain": {"max_train_steps": 450, "ema_decay": 0.98},
+    "posttrain": {"max_train_steps": 60, "ema_decay": 0.9},
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -91,22 +94,23 @@ def main() -> None:
             add(str(folder), folder)
         return
     add("starter", starter)
-    folder = args.output_dir / "pretrain"
-    shutil.rmtree(args.output_dir / "posttrain", ignore_errors=True)
-    if not args.from_scratch:
-        shutil.rmtree(folder, ignore_errors=True)
+    pretrained, posttrained = args.output_dir / "pretrain", args.output_dir / "posttrain"
+    if not args.from_scratch:  # the long run continues where it was left
+        shutil.rmtree(pretrained, ignore_errors=True)
+        shutil.rmtree(posttrained, ignore_errors=True)
 
     def steps(stage: str) -> list[str]:
         if args.from_scratch:
             return ["--resume_from_checkpoint", "latest"]
-        return ["--max_train_steps", str(SHORT[stage]), "--validation_steps", "0", "--checkpointing_steps", "100000"]
+        short = SHORT[stage] | {"validation_steps": 0, "checkpointing_steps": 100_000}
+        return [part for name, value in short.items() for part in (f"--{name}", str(value))]
 
     length = "full" if args.from_scratch else "a few minutes of"
-    seconds = train("pretrain", folder, *steps("pretrain"))
-    add(f"{length} pre-training", folder, train_seconds=seconds)
-    start = ["--pretrained_model_name_or_path", str(folder)]
-    seconds = train("posttrain", args.output_dir / "posttrain", *start, *steps("posttrain"))
-    add(f"{length} pre- and post-training", args.output_dir / "posttrain", train_seconds=seconds)
+    seconds = train("pretrain", pretrained, *steps("pretrain"))
+    add(f"{length} pre-training", pretrained, train_seconds=seconds)
+    start = ["--pretrained_model_name_or_path", str(pretrained)]
+    seconds = train("posttrain", posttrained, *start, *steps("posttrain"))
+    add(f"{length} pre- and post-training", posttrained, train_seconds=seconds)
 
     picture = labelled_rows(
         {

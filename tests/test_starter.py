@@ -1,0 +1,35 @@
+"""The embedded starter model."""
+
+import torch
+
+from flowmo_diffusers import FlowMoPipeline
+from flowmo_diffusers.assets import asset_path
+from flowmo_diffusers.data.images import load_images, stack_images
+from flowmo_diffusers.metrics.reconstruction import psnr
+from flowmo_diffusers.objectives.perceptual import load_perceptual_network
+
+
+def test_starter_reconstructs_images_it_never_saw(tmp_path):
+    """A starter that was not trained, was trained on what it is shown here, or no longer computes what it learned."""
+    pipeline = FlowMoPipeline.from_pretrained(asset_path("starter"))
+    pipeline.set_progress_bar_config(disable=True)
+    held_out = load_images("emoji", cache_dir=str(tmp_path))["test"].select(range(32))
+    images = stack_images(held_out, pipeline.autoencoder.config.sample_size)
+    output = pipeline(images, generator=torch.Generator().manual_seed(0), output_type="latent")
+    assert psnr(images, output.images).mean() > 23
+    assert load_perceptual_network("lpips-alex")(images, output.images).mean() < 0.03
+
+    packed = pipeline.autoencoder.pack_codes(pipeline.autoencoder.indices_to_codes(output.indices))
+    assert {len(row) for row in packed} == {192}
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    again = pipeline.decode(packed[:2], generator=generators, output_type="latent")
+    assert psnr(images[:2], again).mean() > 20
+
+
+def test_starter_is_small_and_safe():
+    """A starter that outgrows the package, or weights in a format that runs code."""
+    files = [path for path in asset_path("starter").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12e6
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
+    parameters = sum(p.numel() for p in FlowMoPipeline.from_pretrained(asset_path("starter")).autoencoder.parameters())
+    assert 4e6 <= parameters <= 10e6
