@@ -15,6 +15,7 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
@@ -168,6 +169,25 @@ def build_lr_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimize
     return get_scheduler(args.lr_scheduler, optimizer, **steps)
 
 
+def build_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=model.device.type in ("cpu", "cuda"),
+    )
+
+
+def build_data(args: argparse.Namespace, resolution: int) -> tuple[ShuffledImages, torch.Tensor]:
+    """The endless training images, and the held-out ones as a tensor."""
+    found = load_images(args.dataset_name, args.train_data_dir, args.split, args.dataset_config_name, args.cache_dir)
+    train, held_out = hold_out(found, args.split, args.validation_split, args.num_validation_images)
+    originals = stack_images(held_out, resolution, args.image_column)
+    transform = ImageTransform(resolution, not args.center_crop, args.random_flip, args.random_scale)
+    return ShuffledImages(train, transform, args.seed, args.image_column), originals
+
+
 def compute_losses(args, model, x, perceptual, weights, generator) -> dict[str, torch.Tensor]:
     draws = FlowDraws.sample(x, generator, args.code_dropout)
     if args.stage == "pretrain":
@@ -176,9 +196,47 @@ def compute_losses(args, model, x, perceptual, weights, generator) -> dict[str, 
     return posttraining_loss(model, x, draws, chain, perceptual, weights, generator)
 
 
+def train_step(args, accelerator, model, optimizer, x, perceptual, weights, generator) -> dict[str, torch.Tensor]:
+    """Forward, backward and, when enough batches were accumulated, an update."""
+    with accelerator.accumulate(model):
+        with accelerator.autocast():
+            losses = compute_losses(args, model, x, perceptual, weights, generator)
+        accelerator.backward(losses["loss"])
+        if accelerator.sync_gradients and args.max_grad_norm:
+            accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def log_step(accelerator, bar, losses, learning_rate, images_per_second, step) -> None:
+    values = {name: value.item() for name, value in losses.items()}
+    if not math.isfinite(values["loss"]):
+        raise FloatingPointError(f"the loss is {values['loss']} at step {step}: {values}")
+    shown = {name: f"{value:.4f}" for name, value in values.items() if name.endswith("loss")}
+    bar.set_postfix(shown | {"images/s": f"{images_per_second:.1f}"})
+    values |= {"lr": learning_rate, "images_per_second": images_per_second}
+    accelerator.log({f"train/{name}": value for name, value in values.items()}, step=step)
+
+
 @torch.no_grad()
-def validate(args, accelerator, pipeline, originals, perceptual, step) -> dict[str, float]:
-    """Reconstructs the held-out images from fixed noise; writes a picture and returns mean figures."""
+def validate(args, accelerator, pipeline, ema, originals, perceptual, step) -> dict[str, float]:
+    """Reconstructs the held-out images with the averaged weights on the main process; logs and returns figures."""
+    figures = {}
+    if accelerator.is_main_process:
+        parameters = pipeline.autoencoder.parameters
+        ema.store(parameters())
+        ema.copy_to(parameters())
+        figures = reconstruct(args, accelerator, pipeline, originals, perceptual, step)
+        ema.restore(parameters())
+        accelerator.log(figures, step=step)
+        logger.info(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+    accelerator.wait_for_everyone()
+    return figures
+
+
+def reconstruct(args, accelerator, pipeline, originals, perceptual, step) -> dict[str, float]:
+    """Held-out images from fixed noise: writes a picture and returns mean figures."""
     pipeline.set_progress_bar_config(disable=True)
     pipeline.autoencoder.eval()
     reconstructions = []
@@ -201,10 +259,17 @@ def validate(args, accelerator, pipeline, originals, perceptual, step) -> dict[s
         picture.save(path, format="PNG")
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            import numpy as np
-
             tracker.writer.add_image("validation", np.asarray(picture), step, dataformats="HWC")
     return figures
+
+
+def save(args, pipeline, ema, figures, step) -> None:
+    ema.copy_to(pipeline.autoencoder.parameters())
+    with atomic_folder(args.output_dir) as folder:
+        pipeline.save_pretrained(folder)
+        record = {"stage": args.stage, "steps": step, **figures}
+        (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+    logger.info(f"written to {args.output_dir}")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -221,7 +286,7 @@ def main(args: argparse.Namespace) -> None:
     set_seed(args.seed)
 
     pipeline = build_pipeline(args)
-    model = pipeline.autoencoder.requires_grad_(True).train()
+    model = pipeline.autoencoder.requires_grad_(True).train().to(accelerator.device)
     if args.stage == "posttrain":
         model.encoder.requires_grad_(False)
     if args.gradient_checkpointing:
@@ -230,22 +295,9 @@ def main(args: argparse.Namespace) -> None:
     if perceptual is not None:
         perceptual.to(accelerator.device)
     weights = LossWeights(args.perceptual_weight, args.entropy_weight, args.commit_weight, args.kl_weight)
+    images, originals = build_data(args, args.resolution or model.config.sample_size)
 
-    resolution = args.resolution or model.config.sample_size
-    found = load_images(args.dataset_name, args.train_data_dir, args.split, args.dataset_config_name, args.cache_dir)
-    train, held_out = hold_out(found, args.split, args.validation_split, args.num_validation_images)
-    originals = stack_images(held_out, resolution, args.image_column)
-    transform = ImageTransform(resolution, not args.center_crop, args.random_flip, args.random_scale)
-    images = ShuffledImages(train, transform, args.seed, args.image_column)
-
-    model.to(accelerator.device)
-    optimizer = torch.optim.Adam(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        fused=accelerator.device.type in ("cpu", "cuda"),
-    )
+    optimizer = build_optimizer(args, model)
     lr_scheduler = build_lr_scheduler(args, optimizer)
     ema = EMA(model.parameters(), args.ema_decay, args.ema_update_every)
     norms = NormRescaler(model.block_weights())
@@ -259,84 +311,47 @@ def main(args: argparse.Namespace) -> None:
         logger.info(f"continuing from {path}" if path else "no checkpoint yet: starting at step 0")
     accelerator.init_trackers(args.stage)
 
-    accumulation = args.gradient_accumulation_steps
+    accumulation, last = args.gradient_accumulation_steps, args.max_train_steps
     per_step = args.train_batch_size * accumulation * accelerator.num_processes
-    visits = range(progress.step * per_step, args.max_train_steps * per_step)
+    visits = range(progress.step * per_step, last * per_step)
     loader = accelerator.prepare(
         DataLoader(images, args.train_batch_size, sampler=visits, num_workers=args.dataloader_num_workers)
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    logger.info(f"{args.stage}: {len(train)} images, {len(originals)} held out, {parameters / 1e6:.1f} M parameters")
+    logger.info(f"{args.stage}: {len(images)} images, {len(originals)} held out, {parameters / 1e6:.1f} M parameters")
 
-    def validation(step: int) -> dict[str, float]:
-        ema.store(model.parameters())
-        ema.copy_to(model.parameters())
-        figures = (
-            validate(args, accelerator, pipeline, originals, perceptual, step) if accelerator.is_main_process else {}
-        )
-        ema.restore(model.parameters())
-        accelerator.wait_for_everyone()
-        accelerator.log(figures, step=step)
-        logger.info(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
-        return figures
-
-    bar = tqdm(
-        total=args.max_train_steps, initial=progress.step, desc=args.stage, disable=not accelerator.is_main_process
-    )
-    started, seen, figures = time.perf_counter(), 0, {}
+    bar = tqdm(total=last, initial=progress.step, desc=args.stage, disable=not accelerator.is_main_process)
+    started, seen = time.perf_counter(), 0
     for micro_step, x in enumerate(loader, start=progress.step * accumulation):
         if progress.step >= args.freeze_encoder_steps and args.stage == "pretrain":
             model.encoder.requires_grad_(False)
         generator = step_generator(args.seed, micro_step, accelerator.process_index, accelerator.device)
-        with accelerator.accumulate(trained):
-            with accelerator.autocast():
-                losses = compute_losses(args, trained, x, perceptual, weights, generator)
-            accelerator.backward(losses["loss"])
-            if accelerator.sync_gradients and args.max_grad_norm:
-                accelerator.clip_grad_norm_(trained.parameters(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+        losses = train_step(args, accelerator, trained, optimizer, x, perceptual, weights, generator)
         seen += len(x) * accelerator.num_processes
         if not accelerator.sync_gradients:
             continue
-
         lr_scheduler.step()
         if args.norm_rescaling:
             norms.step()
         ema.update(model.parameters(), progress.step)
         progress.step += 1
         bar.update()
+
         if progress.step % args.logging_steps == 0:
-            values = {name: value.item() for name, value in losses.items()}
-            if not math.isfinite(values["loss"]):
-                raise FloatingPointError(f"the loss is {values['loss']} at step {progress.step}: {values}")
             rate = seen / (time.perf_counter() - started)
             started, seen = time.perf_counter(), 0
-            shown = {name: f"{value:.4f}" for name, value in values.items() if name.endswith("loss")}
-            bar.set_postfix(shown | {"images/s": f"{rate:.1f}"})
-            accelerator.log(
-                {f"train/{name}": value for name, value in values.items()}
-                | {"train/lr": lr_scheduler.get_last_lr()[0], "train/images_per_second": rate},
-                step=progress.step,
-            )
+            log_step(accelerator, bar, losses, lr_scheduler.get_last_lr()[0], rate, progress.step)
         if progress.step % args.checkpointing_steps == 0:
             save_checkpoint(accelerator, args.output_dir, progress.step, args.checkpoints_total_limit)
-        if args.validation_steps and progress.step % args.validation_steps == 0 < args.max_train_steps - progress.step:
+        if args.validation_steps and progress.step % args.validation_steps == 0 and progress.step < last:
             paused = time.perf_counter()
-            validation(progress.step)
+            validate(args, accelerator, pipeline, ema, originals, perceptual, progress.step)
             started += time.perf_counter() - paused
     bar.close()
 
-    figures = validation(progress.step)
-    accelerator.wait_for_everyone()
+    figures = validate(args, accelerator, pipeline, ema, originals, perceptual, progress.step)
     if accelerator.is_main_process:
-        ema.copy_to(model.parameters())
-        model.disable_gradient_checkpointing()
-        with atomic_folder(args.output_dir) as folder:
-            pipeline.save_pretrained(folder)
-            record = {"stage": args.stage, "steps": progress.step, "images": len(originals), **figures}
-            (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
-        logger.info(f"written to {args.output_dir}")
+        save(args, pipeline, ema, {"images": len(originals), **figures}, progress.step)
     accelerator.end_training()
 
 
