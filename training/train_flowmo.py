@@ -314,11 +314,10 @@ def main(args: argparse.Namespace) -> None:
     accumulation, last = args.gradient_accumulation_steps, args.max_train_steps
     per_step = args.train_batch_size * accumulation * accelerator.num_processes
     visits = range(progress.step * per_step, last * per_step)
-    loader = accelerator.prepare(
-        DataLoader(images, args.train_batch_size, sampler=visits, num_workers=args.dataloader_num_workers)
-    )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    logger.info(f"{args.stage}: {len(images)} images, {len(originals)} held out, {parameters / 1e6:.1f} M parameters")
+    workers = args.dataloader_num_workers
+    loader = accelerator.prepare(DataLoader(images, args.train_batch_size, sampler=visits, num_workers=workers))
+    size = model.num_parameters() / 1e6
+    logger.info(f"{args.stage}: {len(images)} images, {len(originals)} held out, {size:.1f} M parameters")
 
     bar = tqdm(total=last, initial=progress.step, desc=args.stage, disable=not accelerator.is_main_process)
     started, seen = time.perf_counter(), 0
