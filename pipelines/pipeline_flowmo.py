@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from flowmo_diffusers.models.autoencoder_flowmo import FlowMoAutoencoder
 from flowmo_diffusers.models.loading import OwnCheckpointsOnly
+from flowmo_diffusers.models.quantizers import Generators
 from flowmo_diffusers.pipelines.registration import register_library
 from flowmo_diffusers.schedulers.scheduling_flowmo import FlowMoScheduler
 
@@ -23,7 +24,6 @@ register_library()
 logger = logging.get_logger(__name__)
 
 Tokens = torch.Tensor | np.ndarray | bytes | Sequence[bytes]
-Generators = torch.Generator | list[torch.Generator] | None
 Callback = Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 

@@ -81,7 +81,7 @@ class FlowMoAutoencoder(OwnCheckpointsOnly, ModelMixin, AutoencoderMixin, Attent
     _supports_gradient_checkpointing = True
     _no_split_modules = ["FlowMoBlock"]
     _repeated_blocks = ["FlowMoBlock"]
-    _skip_layerwise_casting_patterns = ["patch_in", "token_in", "time_in", "latent_token", "norm", "head"]
+    _skip_layerwise_casting_patterns = ["patch_in", "token_in", "time_in", "norm", "head"]
 
     @register_to_config
     def __init__(
