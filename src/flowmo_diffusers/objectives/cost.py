@@ -1,0 +1,42 @@
+"""
+Work of training on one image, from the model's configuration.
+
+A trained part counts three forwards, one of them forward and two backward. The perceptual networks are not counted:
+they are no part of the model, and small beside it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flowmo_diffusers.models.flops import decoder_flops, encoder_flops
+
+
+def pretraining_flops(config: Mapping[str, Any], height: int, width: int, encoder_trained: bool = True) -> int:
+    """
+    Model FLOPs of one image in stage 1A.
+
+    Args:
+        config: The `config` of a [`FlowMoAutoencoder`].
+        height: Of the image in pixels; a multiple of the patch size, as is `width`.
+        encoder_trained: Whether the encoder is not frozen yet; frozen it runs without autograd.
+    """
+    return (3 if encoder_trained else 1) * encoder_flops(config, height, width) + 3 * decoder_flops(
+        config, height, width
+    )
+
+
+def posttraining_flops(
+    config: Mapping[str, Any], height: int, width: int, chain_steps: int = 8, recomputed: bool = False
+) -> int:
+    """
+    FLOPs of one image in stage 1B: the encoder once, the decoder once for the flow loss and once a step of the chain.
+
+    Args:
+        config: The `config` of a [`FlowMoAutoencoder`].
+        height: Of the image in pixels; a multiple of the patch size, as is `width`.
+        chain_steps: Euler steps of the sampling chain.
+        recomputed: Count also the forwards that gradient checkpointing repeats, which a device must do and which do
+            not count in model FLOPs.
+    """
+    passes = (1 + chain_steps) * decoder_flops(config, height, width)
+    return encoder_flops(config, height, width) + (4 if recomputed else 3) * passes
