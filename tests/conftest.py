@@ -1,6 +1,8 @@
 """What the tests share: no network, and a model small enough to run in milliseconds."""
 
+import importlib.util
 import os
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, when it is first imported
@@ -46,3 +48,13 @@ def tiny_pipeline(tiny_autoencoder: FlowMoAutoencoder) -> FlowMoPipeline:
     pipeline = FlowMoPipeline(tiny_autoencoder, FlowMoScheduler())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture(scope="session")
+def script():
+    """The training script as a module."""
+    path = Path(__file__).parents[1] / "training" / "train_flowmo.py"
+    spec = importlib.util.spec_from_file_location("train_flowmo", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -48,7 +48,7 @@ def random_codes(model: FlowMoAutoencoder, batch: int = 2, seed: int = 1) -> tor
 def training_step(model: FlowMoAutoencoder, batch: int = 4) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients of one step of pre-training, from fixed draws of which some drop the codes."""
     x = pictures(batch)
-    draws = FlowDraws.sample(x, torch.Generator().manual_seed(2))
+    draws = FlowDraws.sample(x, [torch.Generator().manual_seed(2 + i) for i in range(batch)])
     draws.code_mask = torch.tensor([1.0, 0.0] * (batch // 2))
     model.zero_grad()
     loss = pretraining_loss(model.train(), x, draws, generator=torch.Generator().manual_seed(3))["loss"]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flowmo_diffusers import FlowMoAutoencoder
+from flowmo_diffusers.engine.seeding import keyed_generator
 from flowmo_diffusers.objectives.flow import FlowDraws, flow_loss, interpolate, one_step_estimate, thick_tailed
 from flowmo_diffusers.objectives.posttrain import ChainDraws, chain_times, posttraining_loss, sample_chain
 from flowmo_diffusers.objectives.pretrain import LossWeights, pretraining_loss
@@ -19,6 +20,11 @@ BATCH = 3
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def generators(x: torch.Tensor, seed: int = 0) -> list[torch.Generator]:
+    """One an image."""
+    return [keyed_generator(seed, "test", number) for number in range(len(x))]
 
 
 def distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -34,7 +40,7 @@ def x() -> torch.Tensor:
 @pytest.fixture
 def draws(x) -> FlowDraws:
     """With one image of three whose codes are dropped."""
-    draws = FlowDraws.sample(x, generator(2))
+    draws = FlowDraws.sample(x, generators(x, 2))
     draws.code_mask = torch.tensor([1.0, 0.0, 1.0])
     return draws
 
@@ -101,7 +107,8 @@ def test_thick_tailed_distribution():
 
 def test_flow_draws_statistics():
     """Catches codes dropped too often or never, noise of another scale, or times that are all logit-normal."""
-    draws = FlowDraws.sample(torch.zeros(20_000, 1, 2, 2), generator())
+    x = torch.zeros(20_000, 1, 2, 2)
+    draws = FlowDraws.sample(x, generators(x))
     assert set(draws.code_mask.tolist()) == {0, 1}
     assert draws.code_mask.mean().item() == pytest.approx(0.9, abs=0.01)
     assert (draws.z.mean().item(), draws.z.std().item()) == pytest.approx((0, 1), abs=0.01)
@@ -115,7 +122,8 @@ def test_flow_draws_statistics():
 @pytest.mark.parametrize(("dropout", "kept"), [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)])
 def test_code_dropout(dropout, kept):
     """Catches a --code_dropout that is ignored, or that is the share of codes kept."""
-    draws = FlowDraws.sample(torch.zeros(4000, 1, 1, 1), generator(), dropout)
+    x = torch.zeros(4000, 1, 1, 1)
+    draws = FlowDraws.sample(x, generators(x), dropout)
     assert draws.code_mask.mean().item() == pytest.approx(kept, abs=0.04 if 0 < kept < 1 else 0)
 
 
@@ -124,9 +132,9 @@ def test_draws_are_the_generators(sample):
     """Catches a draw from the global generator, which no resumed run and no other process repeats."""
     x = torch.zeros(100, 1, 2, 2)
     torch.manual_seed(0)
-    first = vars(sample(x, generator(5)))
+    first = vars(sample(x, generators(x, 5)))
     torch.manual_seed(1)
-    second, other = vars(sample(x, generator(5))), vars(sample(x, generator(6)))
+    second, other = vars(sample(x, generators(x, 5))), vars(sample(x, generators(x, 6)))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
 
@@ -140,14 +148,15 @@ def test_chain_times_by_hand():
 
 def test_chain_times_distribution(x):
     """Catches one grid for the whole batch, steps that are not interchangeable, or ends that are not 1 and 0."""
-    times = ChainDraws.sample(torch.zeros(5000, 1, 1, 1), generator()).times
+    many = torch.zeros(5000, 1, 1, 1)
+    times = ChainDraws.sample(many, generators(many)).times
     assert times.shape == (5000, 9)
     assert (times[:, 0] == 1).all() and (times[:, -1] == 0).all()
     assert (times.diff(dim=1) < 0).all()
     torch.testing.assert_close(times.mean(0), torch.arange(8, -1, -1) / 8, atol=0.01, rtol=0)
     assert times[:, 4].std().item() == pytest.approx(0.1, abs=0.02)
     assert len(times[:, 4].unique()) > 4900
-    assert ChainDraws.sample(x, generator(), num_steps=1).times.tolist() == [[1, 0]] * BATCH
+    assert ChainDraws.sample(x, generators(x), num_steps=1).times.tolist() == [[1, 0]] * BATCH
 
 
 # The sampling chain
@@ -168,7 +177,7 @@ class StraightFlow(nn.Module):
 @pytest.mark.parametrize("num_steps", [1, 2, 8])
 def test_chain_reaches_the_image_at_the_true_velocity(x, num_steps):
     """Catches a step of the wrong sign or length, a last step left out, or a time that is not the sample's own."""
-    chain = ChainDraws.sample(x, generator(), num_steps)
+    chain = ChainDraws.sample(x, generators(x), num_steps)
     model = StraightFlow(x, chain.z)
     torch.testing.assert_close(sample_chain(model, None, chain), x, atol=2e-6, rtol=0)
     assert len(model.times) == num_steps
@@ -188,7 +197,7 @@ class LinearFlow(nn.Module):
 
 def test_chain_of_a_batch_is_the_chains_of_its_samples(x):
     """Catches a step as long as the batch's mean step, which a constant velocity would not show."""
-    model, chain = LinearFlow(), ChainDraws.sample(x, generator(), 4)
+    model, chain = LinearFlow(), ChainDraws.sample(x, generators(x), 4)
     codes = torch.rand(BATCH, 4, 2, generator=generator())
     batch = sample_chain(model, codes, chain)
     for i in range(BATCH):
@@ -200,7 +209,7 @@ def test_chain_of_a_batch_is_the_chains_of_its_samples(x):
 
 def test_gradient_through_every_step(x):
     """Catches a chain cut by a detach, or gradients of its last step alone."""
-    model, chain = LinearFlow(), ChainDraws.sample(x, generator(), 8)
+    model, chain = LinearFlow(), ChainDraws.sample(x, generators(x), 8)
     codes = torch.rand(BATCH, 4, 2, generator=generator())
 
     def loss() -> torch.Tensor:
@@ -290,7 +299,7 @@ def test_dropped_codes_give_the_encoder_no_gradient(model, x, draws):
 
 @pytest.fixture
 def chain(x) -> ChainDraws:
-    return ChainDraws.sample(x, generator(3), num_steps=3)
+    return ChainDraws.sample(x, generators(x, 3), num_steps=3)
 
 
 @pytest.mark.parametrize(

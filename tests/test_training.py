@@ -1,11 +1,13 @@
 """The training script, run for real on the embedded images with a tiny model."""
 
-import importlib.util
+import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import PIL.Image
@@ -13,12 +15,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flowmo_diffusers import FlowMoPipeline
+from flowmo_diffusers.assets import asset_path
 
 
 SCRIPT = Path(__file__).parents[1] / "training" / "train_flowmo.py"
-CONFIGS = SCRIPT.parent / "configs"
 TINY = {
     "sample_size": 32,
     "patch_size": 8,
@@ -31,14 +34,6 @@ TINY = {
     "decoder_hidden_size": 64,
     "num_attention_heads": 2,
 }
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train_flowmo", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -161,6 +156,127 @@ def test_own_folder(train, tmp_path):
     train(tmp_path / "out", dataset_name=None, train_data_dir=tmp_path / "images", max_train_steps=1)
 
 
+def make_images(folder: Path, count: int = 12) -> Path:
+    folder.mkdir(parents=True)
+    for i in range(count):
+        PIL.Image.effect_noise((40 + i, 60), 50).convert("RGB").save(folder / f"{i:02}.png")
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [None, True])
+def test_tar_shards(train, tmp_path, streaming):
+    """Shards that the script cannot read in place, or as a stream."""
+    images = sorted(make_images(tmp_path / "images").iterdir())
+    for shard in range(3):
+        with tarfile.open(tmp_path / f"train-{shard}.tar", "w") as tar:
+            for image in images[shard::3]:
+                tar.add(image, image.name)
+    shards = tmp_path / "train-{0..2}.tar"
+    options = {"shuffle_buffer": 4, "streaming": streaming, "num_validation_images": 2, "dataloader_num_workers": 2}
+    train(tmp_path / "out", dataset_name=None, train_data_dir=shards, max_train_steps=3, **options)
+    assert {path.name for path in tmp_path.glob("*.tar")} == {f"train-{shard}.tar" for shard in range(3)}
+
+
+def test_bad_images(train, tmp_path, caplog):
+    """A broken file that stops a run, is passed over without its name, or does not stop a run when there are many."""
+    folder = make_images(tmp_path / "images")
+    (folder / "05.png").write_bytes((folder / "05.png").read_bytes()[:900])
+    options = {"dataset_name": None, "train_data_dir": folder, "num_validation_images": 1}
+    train(tmp_path / "few", **options, max_bad_fraction=0.1)
+    assert scalars(tmp_path / "few")["train/bad_images"][-1] == 1
+    assert "05.png" in caplog.text
+    with pytest.raises(OSError, match=r"1 of 11 images cannot be used.*--max_bad_fraction.*05.png"):
+        train(tmp_path / "many", **options, max_bad_fraction=0.05)
+
+
+def scalars(output_dir: Path) -> dict[str, list[float]]:
+    """What TensorBoard shows, by name."""
+    events = EventAccumulator(str(output_dir / "logs" / "flowmo"))
+    events.Reload()
+    assert events.Tags()["images"] == ["validation"]
+    return {name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def test_what_is_logged(train, tmp_path):
+    """A figure that users steer a run by and that is not logged, or is not a number."""
+    train(tmp_path / "out", validation_steps=2)
+    logged = scalars(tmp_path / "out")
+    losses = {"loss", "flow_loss", "perceptual_loss", "entropy_loss", "commit_loss", "codebook_entropy"}
+    speed = {"images_per_second", "data_wait_share", "peak_memory_gib", "tflops_per_second", "seconds_per_step"}
+    for name in losses | speed | {"gradient_norm", "lr", "skipped_steps", "bad_images"}:
+        assert len(logged[f"train/{name}"]) == 4 and all(map(math.isfinite, logged[f"train/{name}"])), name
+    for name in ("psnr", "lpips-alex", "dead_bits", "used_codes", "entropy_bits", "bit_imbalance"):
+        assert len(logged[f"val/{name}"]) == 2 and all(map(math.isfinite, logged[f"val/{name}"])), name
+    assert 0 <= min(logged["train/data_wait_share"]) <= max(logged["train/data_wait_share"]) <= 1
+
+
+def test_weights_and_biases(train, tmp_path, monkeypatch):
+    """Pictures or figures in a form that Weights & Biases refuses."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(tmp_path / "out", report_to="wandb", max_train_steps=2)
+    (run,) = (tmp_path / "out" / "logs" / "wandb").glob("offline-run-*")
+    assert list(run.glob("*.wandb")) and list((run / "files" / "media" / "images").glob("validation_*.png"))
+
+
+def test_best_weights_are_kept_apart(train, tmp_path):
+    """
+    Reward hacking that goes on to the end, or whose result is published: stage 1B with a sample weight far too large
+    gains on what it optimises and loses on what it does not.
+    """
+    options = {"pretrained_model_name_or_path": asset_path("starter"), "stage": "posttrain", "chain_steps": 2}
+    options |= {"perceptual_weight": 3000.0, "learning_rate": 1e-3, "num_inference_steps": 4, "ema_decay": 0.0}
+    out = tmp_path / "out"
+    train(out, **options, max_train_steps=20, validation_steps=1, early_stopping_patience=3, guard="psnr")
+    logged = scalars(out)
+    psnr = logged["val/psnr"]
+    best = max(range(len(psnr)), key=psnr.__getitem__)
+    assert len(psnr) == best + 4 < 20
+    assert psnr[-1] < psnr[best] - 0.5
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["steps"] == best and metrics["val/psnr"] == pytest.approx(psnr[best])
+    name = "autoencoder/diffusion_pytorch_model.safetensors"
+    assert same(load_file(out / name), load_file(out / "best" / name))
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_steps_that_are_not_finite(train, script, tmp_path, monkeypatch, caplog, bad):
+    """One overflow that ruins the weights for good, or a run of nothing else that goes on for days."""
+    plain, calls = script.pretraining_loss, itertools.count()
+
+    def sometimes_bad(*args):
+        losses = plain(*args)
+        if next(calls) in bad_calls:
+            # The gradient of sqrt at 0 is infinite, its value is not.
+            factor = math.nan if bad == "loss" else 1 + torch.sqrt(losses["loss"] * 0)
+            losses["loss"] = losses["loss"] * factor
+        return losses
+
+    monkeypatch.setattr(script, "pretraining_loss", sometimes_bad)
+    bad_calls = {1, 2}
+    weights = train(tmp_path / "some", max_train_steps=4, max_skipped_steps=2)
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    logged = scalars(tmp_path / "some")
+    assert logged["train/skipped_steps"] == [0, 1, 2, 2] and len(logged["train/loss"]) == 2
+
+    calls, bad_calls = itertools.count(), {4, 5, 6, 7, 8}
+    with pytest.raises(FloatingPointError, match="3 steps in a row, the last of them step 7"):
+        train(tmp_path / "many", max_train_steps=20, max_skipped_steps=2, checkpointing_steps=3)
+    assert "stopped at step 7; the last good checkpoint is" in caplog.text and "checkpoint-6" in caplog.text
+
+
+def test_output_folder_of_another_run(train, tmp_path):
+    """A new run among the checkpoints of an old one, of which "latest" would later be."""
+    train(tmp_path / "out", max_train_steps=2, checkpointing_steps=1)
+    with pytest.raises(ValueError, match="--resume_from_checkpoint latest goes on with it"):
+        train(tmp_path / "out", max_train_steps=2)
+    with pytest.raises(ValueError, match="learning_rate is 0.001 there and 0.002 here"):
+        train(tmp_path / "out", max_train_steps=2, learning_rate=2e-3, resume_from_checkpoint="latest")
+    train(tmp_path / "out", max_train_steps=3, train_batch_size=2, gradient_accumulation_steps=2,
+          resume_from_checkpoint="latest")  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -188,18 +304,6 @@ def test_missing_perceptual_weights(train, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     with pytest.raises(OSError, match="vgg16-397923af.pth.*--perceptual_weights"):
         train(tmp_path / "out", perceptual="lpips-vgg")
-
-
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-@pytest.mark.parametrize("stage", ["pretrain", "posttrain"])
-def test_presets_parse(script, tmp_path, config, stage):
-    """A preset with a misspelt option, or a stage's section that does not reach its run."""
-    argv = ["--config", str(config), "--stage", stage, "--output_dir", str(tmp_path)]
-    if stage == "posttrain":
-        argv += ["--pretrained_model_name_or_path", "pre"]
-    args = script.parse_args([*argv, "--seed", "7"])
-    assert args.seed == 7
-    assert args.learning_rate < 0.01 and isinstance(args.learning_rate, float)
 
 
 @pytest.mark.slow

@@ -1,9 +1,12 @@
 """Exponential moving average of the weights."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from diffusers.training_utils import EMAModel
+
+from flowmo_diffusers.engine.sharding import like, local, whole
 
 
 class EMA(EMAModel):
@@ -12,7 +15,8 @@ class EMA(EMAModel):
     decay^update_every, the constant decay from the first update on (no warm-up). Frozen parameters are copied.
 
     Args:
-        parameters: What is averaged.
+        parameters: What is averaged. Under FSDP2 those of the sharded model: make this object after
+            `Accelerator.prepare`.
         decay: Decay of one step.
         update_every: Steps between updates; step 0 is the first.
     """
@@ -26,11 +30,37 @@ class EMA(EMAModel):
     def update(self, parameters: Iterable[torch.nn.Parameter], step: int) -> None:
         """To be called after every optimiser step with that step's number, counted from 0."""
         if step % self.update_every == 0:
-            self.step(parameters)
+            averages = self.shadow_params
+            self.shadow_params = local(averages)  # sharded tensors lack some of the operations
+            self.step(local(list(parameters)))
+            self.shadow_params = averages
+
+    @contextmanager
+    def applied(self, parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+        """Within this context the parameters hold the averages, and the averages the parameters."""
+        parameters = list(parameters)
+        self._swap(parameters)
+        try:
+            yield
+        finally:
+            self._swap(parameters)
+
+    @torch.no_grad()
+    def _swap(self, parameters: list[torch.nn.Parameter]) -> None:
+        # One at a time: no second copy of the model is ever held.
+        for parameter, average in zip(parameters, self.shadow_params, strict=True):
+            held = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(held)
+
+    def state_dict(self) -> dict:
+        """The averages, whole (under FSDP2 every process must call this), and the number of updates."""
+        averages = [whole(average) for average in self.shadow_params]
+        return {"optimization_step": self.optimization_step, "shadow_params": averages}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """
-        Takes over the averages, each to the device of its predecessor; decay and cadence stay as they are here.
+        Takes over the averages, each to the place of its predecessor; decay and cadence stay as they are here.
 
         Raises:
             ValueError: If the state is of parameters of other shapes.
@@ -39,5 +69,4 @@ class EMA(EMAModel):
         if [p.shape for p in old] != [p.shape for p in new]:
             raise ValueError(f"state holds {len(new)} averages, which do not fit the {len(old)} parameters")
         super().load_state_dict({"optimization_step": state_dict["optimization_step"]})
-        # Accelerate loads every state on the CPU.
-        self.shadow_params = [n.to(o.device, copy=True) for o, n in zip(old, new, strict=True)]
+        self.shadow_params = [like(n, o) for o, n in zip(old, new, strict=True)]

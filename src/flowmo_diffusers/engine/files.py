@@ -8,6 +8,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def flush(path: str | Path) -> None:
+    """Forces a file, or a folder's list of names, to disk, so that it survives a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_partial(folder: str | Path) -> None:
+    """Removes what writers that were killed left under temporary names, anywhere in `folder`."""
+    for path in list(Path(folder).rglob(".partial-*")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_folder(target: str | Path) -> Iterator[Path]:
     """

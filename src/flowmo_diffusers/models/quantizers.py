@@ -5,6 +5,7 @@ One interface for all: `quantizer(latents, generator)` takes latents (b, tokens,
 the unweighted terms of the training loss. Terms are computed in float32 whatever the latents' dtype.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 ENTROPY_TEMPERATURE = 0.1
 
+JointMean = Callable[[torch.Tensor], torch.Tensor]
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -133,17 +135,21 @@ class LFQQuantizer(ScalarQuantizer):
     Lookup-free quantization (paper section 3.1): c = sign(latent), straight-through gradient.
 
     Training terms: entropy_loss = E[H(q)] - H(E[q]) over the codebook groups and commit_loss = E|latent - c|^2.
+
+    Attributes:
+        joint_mean: See [`lfq_entropies`]; `None` takes E[q] over the batch at hand, as the published training does.
     """
 
     def __init__(self, channels: int, codebook_bits: int):
         super().__init__(channels, codebook_bits, levels=2)
+        self.joint_mean: JointMean | None = None
 
     def forward(self, latents: torch.Tensor, generator: Generators = None) -> QuantizerOutput:
         signs = torch.where(latents > 0, 1.0, -1.0).to(latents.dtype)
         losses = {}
         if self.training:
             groups = latents.unflatten(-1, (self.group_size, self.groups)).transpose(-1, -2).flatten(0, -2)
-            per_sample, codebook = lfq_entropies(groups)
+            per_sample, codebook = lfq_entropies(groups, joint_mean=self.joint_mean)
             losses = {
                 "entropy_loss": per_sample - codebook,
                 "commit_loss": F.mse_loss(latents.float(), signs.float()),
@@ -165,7 +171,9 @@ class FSQQuantizer(ScalarQuantizer):
         return QuantizerOutput(straight_through(codes, bounded).to(latents.dtype), self.codes_to_indices(codes))
 
 
-def lfq_entropies(vectors: torch.Tensor, eps: float = 1e-5) -> tuple[torch.Tensor, torch.Tensor]:
+def lfq_entropies(
+    vectors: torch.Tensor, eps: float = 1e-5, joint_mean: JointMean | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Mean per-sample entropy and entropy of the mean code distribution, in nats (paper, L_ent).
 
@@ -177,6 +185,9 @@ def lfq_entropies(vectors: torch.Tensor, eps: float = 1e-5) -> tuple[torch.Tenso
     Args:
         vectors: Latent groups (N, K), of any floating dtype; computed in float32.
         eps: Added inside the logarithm of the mean distribution, as published.
+        joint_mean: Where the vectors are one of several equal parts of a batch (processes, accumulated batches): maps
+            their mean distribution to that of the whole batch, without a gradient. The second entropy is then that of
+            the whole batch, and its gradient averaged over the parts is the whole batch's.
 
     Returns:
         Two scalars, from about 0 to K log 2.
@@ -190,6 +201,8 @@ def lfq_entropies(vectors: torch.Tensor, eps: float = 1e-5) -> tuple[torch.Tenso
         half = (vectors.shape[-1] + 1) // 2
         low, high = _code_distribution(logits[:, :half]), _code_distribution(logits[:, half:])
         mean = high.T @ low / vectors.shape[0]
+        if joint_mean is not None:
+            mean = straight_through(joint_mean(mean.detach()), mean)
         codebook = -(mean * (mean + eps).log()).sum()
     return per_sample, codebook
 

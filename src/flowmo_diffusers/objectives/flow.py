@@ -51,13 +51,14 @@ class FlowDraws:
     code_mask: torch.Tensor
 
     @classmethod
-    def sample(cls, x: torch.Tensor, generator: torch.Generator, code_dropout: float = 0.1) -> "FlowDraws":
-        """Draws for images `x` on the generator's device, moved to that of `x`."""
-        batch = x.shape[:1]
+    def sample(cls, x: torch.Tensor, generators: list[torch.Generator], code_dropout: float = 0.1) -> "FlowDraws":
+        """Draws for images `x`, one generator an image: an image's draws do not depend on the batch it is in."""
+        selector, uniform, keep = draw_uniform(3, generators, x.device).unbind(1)
+        t = thick_tailed(randn_tensor(x.shape[:1], generators, x.device), selector, uniform)
+        z = randn_tensor(x.shape, generators, x.device)
+        return cls(z=z, t=t, code_mask=(keep > code_dropout).float())
 
-        def uniform() -> torch.Tensor:
-            return torch.rand(batch, generator=generator, device=generator.device).to(x.device)
 
-        t = thick_tailed(randn_tensor(batch, generator, x.device), uniform(), uniform())
-        z = randn_tensor(x.shape, generator, x.device)
-        return cls(z=z, t=t, code_mask=(uniform() > code_dropout).float())
+def draw_uniform(count: int, generators: list[torch.Generator], device: torch.device) -> torch.Tensor:
+    """(b, count) uniform numbers in [0, 1), a row a generator."""
+    return torch.stack([torch.rand(count, generator=g, device=g.device) for g in generators]).to(device)

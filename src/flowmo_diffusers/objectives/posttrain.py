@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from flowmo_diffusers.objectives.flow import FlowDraws, flow_loss, interpolate
+from flowmo_diffusers.models.quantizers import Generators
+from flowmo_diffusers.objectives.flow import FlowDraws, draw_uniform, flow_loss, interpolate
 from flowmo_diffusers.objectives.pretrain import LossWeights, Perceptual
 
 
@@ -38,10 +39,10 @@ class ChainDraws:
     times: torch.Tensor
 
     @classmethod
-    def sample(cls, x: torch.Tensor, generator: torch.Generator, num_steps: int = 8) -> "ChainDraws":
-        z = randn_tensor(x.shape, generator, x.device)
-        u = torch.rand(x.shape[0], num_steps + 1, generator=generator, device=generator.device)
-        return cls(z=z, times=chain_times(u.to(x.device)))
+    def sample(cls, x: torch.Tensor, generators: list[torch.Generator], num_steps: int = 8) -> "ChainDraws":
+        """Draws for images `x`, one generator an image."""
+        z = randn_tensor(x.shape, generators, x.device)
+        return cls(z=z, times=chain_times(draw_uniform(num_steps + 1, generators, x.device)))
 
 
 def sample_chain(model: torch.nn.Module, codes: torch.Tensor, draws: ChainDraws) -> torch.Tensor:
@@ -65,7 +66,7 @@ def posttraining_loss(
     chain: ChainDraws,
     perceptual: Perceptual,
     weights: LossWeights,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> dict[str, torch.Tensor]:
     """
     L = L_flow + 0.01 L_sample, L_sample the perceptual distance between x and the chain's sample. The encoder runs
@@ -76,7 +77,7 @@ def posttraining_loss(
         x: Images (b, c, h, w) in [-1, 1].
         draws: For the flow loss, whose codes are dropped at random.
         chain: For the sample, whose codes never are.
-        generator: For the Gaussian draw of a "kl" model.
+        generator: For the Gaussian draw of a "kl" model, one or one an image.
 
     Returns:
         Scalars by name: "loss" to be minimised, and its unweighted terms.

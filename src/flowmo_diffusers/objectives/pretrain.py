@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flowmo_diffusers.models.quantizers import Generators
 from flowmo_diffusers.objectives.flow import FlowDraws, flow_loss, interpolate, one_step_estimate
 
 
@@ -32,7 +33,7 @@ def pretraining_loss(
     draws: FlowDraws,
     perceptual: Perceptual | None = None,
     weights: LossWeights | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> dict[str, torch.Tensor]:
     """
     L = L_flow + 0.1 L_perc + 0.0025 L_ent + 0.000625 L_commit, L_perc between x and its one-step estimate.
@@ -42,7 +43,7 @@ def pretraining_loss(
         x: Images (b, c, h, w) in [-1, 1].
         perceptual: Distance (x, y) -> (b,), or `None` to leave the term out.
         weights: Defaults to the paper's.
-        generator: For the Gaussian draw of a "kl" model.
+        generator: For the Gaussian draw of a "kl" model, one or one an image.
 
     Returns:
         Scalars by name: "loss" to be minimised, and its unweighted terms.
