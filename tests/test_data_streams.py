@@ -197,6 +197,7 @@ def test_held_out_split(tmp_path, load):
 def test_remote_shards(tmp_path, load, num_workers):
     """Catches addresses that are taken for paths, a pattern in them, connections that a fork breaks, and shards that
     are stored."""
+    pytest.importorskip("aiohttp", reason="fsspec[http] is not installed")
     write_tars(tmp_path / "shards", 4, 3)
 
     class Handler(http.server.SimpleHTTPRequestHandler):

@@ -297,7 +297,7 @@ def test_memory(tmp_path, cache):
     tracemalloc.start()
     try:
         tar_members(path, cache)
-        assert tracemalloc.get_traced_memory()[1] < 500 * count
+        assert tracemalloc.get_traced_memory()[1] < 350 * count
     finally:
         tracemalloc.stop()
     assert len(pickle.dumps(TarImages([path], cache_dir=cache))) < 60 * count

@@ -63,7 +63,7 @@ def test_the_former_handler_is_put_back():
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel passes on the death of a parent on Linux alone")
 @pytest.mark.parametrize("launched", [True, False])
 def test_death_of_the_launcher(tmp_path, launched):
-    """Catches a run that survives its launcher unasked and unseen, or one without launcher that ends with its shell."""
+    """Catches a run that outlives its launcher unseen, or one without a launcher that ends with its shell."""
     environment = os.environ | ({"ACCELERATE_MIXED_PRECISION": "no"} if launched else {})
     if not launched:
         environment.pop("ACCELERATE_MIXED_PRECISION", None)

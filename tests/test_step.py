@@ -211,12 +211,12 @@ BROKEN = [nan_loss, infinite_loss, infinite_gradient]
 
 
 def go_wrong(broken, where: int, batch: int, accumulation: int, max_grad_norm: float | None) -> dict:
-    """Three steps, the last but one of them broken in one batch on one process; and those without it."""
+    """Four steps. The third, after which averages are due, is broken in one batch on one process."""
     run = start(accumulation, max_grad_norm=max_grad_norm)
     after = []
-    for number, x in enumerate(data(3)):
+    for number, x in enumerate(data(4)):
         compute = [run.losses] * accumulation
-        if number == 1 and run.step.accelerator.process_index == where:
+        if number == 2 and run.step.accelerator.process_index == where:
             compute[batch] = lambda x: broken(run, x)
         calls = iter(compute)
         run(*x.chunk(accumulation), compute_losses=lambda x, calls=calls: next(calls)(x))
@@ -225,13 +225,13 @@ def go_wrong(broken, where: int, batch: int, accumulation: int, max_grad_norm: f
 
 
 def assert_passed_over(found: dict) -> None:
-    (first, _, _), (second, progress, rate), (third, last, _) = found["after"]
-    torch.testing.assert_close(second, first, rtol=0, atol=0)
-    assert (progress["step"], progress["skipped"], progress["skipped_in_a_row"]) == (2, 1, 1)
-    assert rate == pytest.approx(RATE / 3)  # the schedule goes on
-    assert (last["step"], last["skipped"], last["skipped_in_a_row"]) == (3, 1, 0)
-    assert not torch.equal(third["weights"][0], second["weights"][0])
-    assert third["moments"][0]["step"] == 2 and third["weights"][0].isfinite().all()
+    _, (before, _, _), (after, progress, rate), (end, last, _) = found["after"]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert (progress["step"], progress["skipped"], progress["skipped_in_a_row"]) == (3, 1, 1)
+    assert rate == pytest.approx(RATE / 4)  # the schedule goes on
+    assert (last["step"], last["skipped"], last["skipped_in_a_row"]) == (4, 1, 0)
+    assert not torch.equal(end["weights"][0], after["weights"][0])
+    assert end["moments"][0]["step"] == 3 and end["weights"][0].isfinite().all()
     assert found["gradients"] == [None] * len(found["gradients"])
 
 

@@ -33,7 +33,14 @@ from flowmo_diffusers.data.images import hold_out, load_images, load_streams, st
 from flowmo_diffusers.data.loading import BadImages, ShuffledImages, StreamedImages, image_batches
 from flowmo_diffusers.data.transforms import ImageTransform
 from flowmo_diffusers.engine.best import Best
-from flowmo_diffusers.engine.checkpoints import Checkpoints, Progress, check_config, choose_checkpoint, read_step
+from flowmo_diffusers.engine.checkpoints import (
+    Checkpoints,
+    Progress,
+    check_config,
+    choose_checkpoint,
+    find_checkpoints,
+    read_step,
+)
 from flowmo_diffusers.engine.ema import EMA
 from flowmo_diffusers.engine.files import atomic_file, atomic_folder, remove_partial
 from flowmo_diffusers.engine.launch import build_accelerator, launched_with
@@ -348,6 +355,7 @@ class Run:
     checkpoints: Checkpoints
     meter: Meter
     validation: Validation
+    last_save_failed: bool = False
 
     @property
     def model(self) -> FlowMoAutoencoder:
@@ -453,13 +461,18 @@ def log_step(run: Run, means: RunningMeans, bar: tqdm) -> None:
 
 
 def save_checkpoint(run: Run, must: bool) -> None:
-    """A disk that is full now may have room by the next time: training goes on, unless it is about to end."""
+    """
+    A disk that is full now may have room by the next time: training goes on. Not if it is about to end, if there is no
+    checkpoint yet, or if the last time was no better.
+    """
     try:
         run.checkpoints.save(run.progress.step)
+        run.last_save_failed = False
     except OSError as error:
-        if must:
+        if must or run.last_save_failed or not find_checkpoints(run.args.output_dir):
             raise
         logger.error(error)
+        run.last_save_failed = True
 
 
 def validate(run: Run) -> None:

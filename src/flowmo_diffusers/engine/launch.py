@@ -11,7 +11,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     ProjectConfiguration,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType
 
 
 def launched_with(library: str) -> bool:
@@ -52,11 +52,14 @@ def build_accelerator(
             raise ValueError("mixed_precision=fp16 is not supported under DeepSpeed: use bf16")
         mixed_precision = "no"
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
+        # Without it, several processes on CPUs would each be the only one; DeepSpeed has devices of its own.
+        cpu=not torch.accelerator.is_available() and not deepspeed,
         mixed_precision=mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation),
         project_config=ProjectConfiguration(str(output_dir), **kwargs.pop("project", {})),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True)
+        ],
         **kwargs,
     )
     _check_launch(accelerator)
@@ -70,7 +73,11 @@ def build_accelerator(
             "train_micro_batch_size_per_gpu": batch_size,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": max_grad_norm or 0.0,
-            "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
+            "torch_autocast": {
+                "enabled": precision == "bf16",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],  # of these it would sum the gradients in bfloat16
+            },
         }
     return accelerator
 
@@ -81,8 +88,17 @@ def _check_launch(accelerator: Accelerator) -> None:
     for library, kind in kinds.items():
         if launched_with(library) and accelerator.distributed_type != kind:
             raise ValueError(f"the launch asks for {library}, but gets {accelerator.distributed_type} on this machine")
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError("FSDP version 1 is not supported: set fsdp_version: 2 in the configuration of the launch")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        wanted = {
+            "fsdp_version: 2": accelerator.is_fsdp2,
+            # A checkpoint written by one process alone cannot fail without the others waiting for ever.
+            "fsdp_state_dict_type: SHARDED_STATE_DICT": plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT,
+            # Weights left whole by a pass without gradients would no longer be those that are averaged.
+            "fsdp_reshard_after_forward: true": plugin.reshard_after_forward is True,
+        }
+        if missing := [setting for setting, there in wanted.items() if not there]:
+            raise ValueError(f"the configuration of the launch needs {', '.join(missing)} under fsdp_config")
     started = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != started:
         raise ValueError(

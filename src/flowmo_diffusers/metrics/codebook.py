@@ -59,5 +59,5 @@ def codebook_health(indices: torch.Tensor, group_size: int, levels: int = 2) -> 
         "used_codes": sum(used) / len(used),
         "usable_codes": float(min(codebook_size, total)),
         "entropy_bits": sum(entropies) / len(entropies),
-        "max_entropy_bits": min(len(shifts), math.log2(total)),
+        "max_entropy_bits": float(min(len(shifts), math.log2(total))),
     }
