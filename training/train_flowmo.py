@@ -101,7 +101,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     data("--train_data_dir", help="folder of images, parquet file(s), .tar shards, or ImageNet's .tar files")
     data("--image_column", default="image", help="column, or extension in .tar shards that hold several images a key")
     data("--split", default="train")
-    data("--validation_split", help="default: 'validation' or 'test' if there is one, else the end of the split")
+    data("--validation_split", help="default: 'validation' or 'test' if there is one, else images of the split itself")
     data("--cache_dir")
     data("--streaming", action="store_true", help="read a data set as it is downloaded, without keeping it")
     data("--shuffle_buffer", type=int, help="images within which order is random; default: all, 10000 for .tar shards")
