@@ -273,6 +273,8 @@ def test_output_folder_of_another_run(train, tmp_path):
         train(tmp_path / "out", max_train_steps=2)
     with pytest.raises(ValueError, match="learning_rate is 0.001 there and 0.002 here"):
         train(tmp_path / "out", max_train_steps=2, learning_rate=2e-3, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match="--max_train_steps 1 is less"):
+        train(tmp_path / "out", max_train_steps=1, resume_from_checkpoint="latest")
     train(tmp_path / "out", max_train_steps=3, train_batch_size=2, gradient_accumulation_steps=2,
           resume_from_checkpoint="latest")  # fmt: skip
 
@@ -290,6 +292,16 @@ def test_output_folder_of_another_run(train, tmp_path):
         (["--dataset_name", "emoji", "--lr_end", "0.1"], "--lr_scheduler polynomial"),
         (["--dataset_name", "emoji", "--random_scale", "0.5"], "--random_scale"),
         (["--dataset_name", "emoji", "--config", "absent.yaml"], "absent.yaml"),
+        (["--dataset_name", "emoji", "--lr_scheduler", "cosin"], "cosine_with_restarts"),
+        (["--dataset_name", "emoji", "--lr_warmup_steps", "5"], "constant_with_warmup"),
+        (["--dataset_name", "emoji", "--report_to", "clearml"], "--report_to clearml"),
+        (["--dataset_name", "emoji", "--guard", "lpips-alex", "--perceptual", "lpips-alex"], "--guard lpips-alex"),
+        (["--dataset_name", "emoji", "--guard", "a/net", "--perceptual", "b/net"], "--guard a/net"),
+        (["--dataset_name", "emoji", "--early_stopping_patience", "2"], "--early_stopping_patience needs a --guard"),
+        (["--dataset_name", "emoji", "--max_bad_fraction", "1.5"], "--max_bad_fraction 1.5"),
+        (["--dataset_name", "emoji", "--ema_decay", "1"], "--ema_decay 1.0"),
+        (["--dataset_name", "emoji", "--streaming"], "--streaming"),
+        (["--dataset_name", "emoji", "--learning_rate", "0"], "--learning_rate 0.0"),
     ],
 )  # fmt: skip
 def test_wrong_options(script, capsys, tmp_path, argv, message):

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object, set_seed
 from diffusers.optimization import get_polynomial_decay_schedule_with_warmup, get_scheduler
 from torch.distributed.fsdp import register_fsdp_forward_method
@@ -73,6 +74,8 @@ STAGES = {
     "posttrain": {"learning_rate": 5e-5, "train_batch_size": 64, "perceptual": "resnet50", "perceptual_weight": 0.01},
 }
 
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
 # What may change when a run is resumed; everything else decides its course. The batch counts as a whole, however it is
 # spread over processes and accumulation.
 FREE_OPTIONS = {
@@ -117,7 +120,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     optim("--gradient_accumulation_steps", type=int, default=1)
     optim("--max_train_steps", type=int, default=200_000)
     optim("--learning_rate", type=float, help="default 1e-4, posttrain 5e-5")
-    optim("--lr_scheduler", default="constant", help="a diffusers schedule; 'polynomial' falls to --lr_end")
+    optim("--lr_scheduler", choices=SCHEDULES, default="constant", help="'polynomial' falls to --lr_end")
     optim("--lr_warmup_steps", type=int, default=0)
     optim("--lr_end", type=float, default=0.0, help="last learning rate of the polynomial schedule")
     optim("--lr_power", type=float, default=1.0, help="power of the polynomial schedule; 1 is linear")
@@ -236,12 +239,14 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
          "--lr_warmup_steps belongs to a schedule with a warmup: --lr_scheduler constant_with_warmup"),
         (args.lr_warmup_steps > args.max_train_steps,
          f"--lr_warmup_steps {args.lr_warmup_steps} is more than --max_train_steps {args.max_train_steps}"),
-        (args.guard == args.perceptual and args.guard not in networks,
+        (Path(args.guard).name == Path(args.perceptual).name and args.guard not in networks,
          f"--guard {args.guard} is what --perceptual optimises: it cannot tell whether that is being hacked"),
         (args.guard_weights and args.guard in networks, f"--guard_weights: --guard {args.guard} has no weights"),
         (args.perceptual_weights and args.perceptual == "none", "--perceptual_weights: --perceptual none has none"),
         (args.early_stopping_patience and (args.guard == "none" or not args.validation_steps),
          "--early_stopping_patience needs a --guard and --validation_steps"),
+        (args.report_to not in ("none", "all", *map(str, get_available_trackers())),
+         f"--report_to {args.report_to} is no tracker that is installed: {get_available_trackers()}"),
         (launched_with("deepspeed") and not posttrain and 0 < args.freeze_encoder_steps < args.max_train_steps,
          "--freeze_encoder_steps: DeepSpeed cannot freeze the encoder on the way. Train for so many steps, then go on "
          "from that folder with --freeze_encoder_steps 0"),
@@ -622,6 +627,8 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = choose_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint is not None:
         check_config(checkpoint, config)
+        if read_step(checkpoint) > args.max_train_steps:
+            raise ValueError(f"--max_train_steps {args.max_train_steps} is less than what {checkpoint} has behind it")
     if accelerator.is_main_process:
         if args.push_to_hub:
             args.hub_model_id = check_push(args.hub_model_id, args.hub_private_repo, args.hub_token)
@@ -630,7 +637,8 @@ def main(args: argparse.Namespace) -> None:
     set_seed(args.seed)
 
     pipeline = build_pipeline(args, model_config)
-    images, originals = build_data(args, args.resolution or model_config["sample_size"])
+    with accelerator.local_main_process_first():  # the others find caches and indices made
+        images, originals = build_data(args, args.resolution or model_config["sample_size"])
     image_count = None if args.streaming else len(images)
     run, objective = build_run(args, accelerator, pipeline, originals, image_count, config)
     progress, best = run.progress, run.best
