@@ -278,3 +278,38 @@ def test_only_pipelines_are_pushed(tmp_path):
     (tmp_path / "diary.txt").touch()
     with pytest.raises(OSError, match="is no saved pipeline: it has no model_index.json"):
         push_folder(tmp_path, "anna/birds")
+
+
+RUN = """
+import runpy, sys, time
+time.sleep = lambda seconds: None
+sys.argv = ["training/train_flowmo.py", *sys.argv[2:]]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_training_pushes_its_result(lfs, tiny_config, tmp_path):
+    """A run whose result does not reach the Hub, or that finds out only at its end that it may not be published."""
+    hub, client = lfs
+    script = str(Path(__file__).parents[1] / "training" / "train_flowmo.py")
+    options = ["--dataset_name", "emoji", "--model_config", json.dumps(tiny_config), "--perceptual", "none"]
+    options += ["--max_train_steps", "1", "--train_batch_size", "2", "--num_validation_images", "2"]
+    options += ["--num_inference_steps", "1", "--output_dir", "out", "--license", "mit", "--report_to", "none"]
+    options += ["--push_to_hub", "--hub_model_id", "anna/tiny", "--cache_dir", str(tmp_path / "cache")]
+    code = RUN.format(script=script)
+
+    refused = client(code, "-", *options, HF_TOKEN=READ_TOKEN)
+    assert refused.returncode != 0 and "would not take the model" in refused.stderr
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.safetensors"))
+
+    done = client(code, "-", *options)
+    assert done.returncode == 0, done.stderr
+    names = set(hub.content("anna/tiny"))
+    assert {"README.md", "model_index.json", "metrics.json", "validation/pretrain-0000001.png"} <= names
+    assert not any(name.startswith(("checkpoint", "logs")) for name in names)
+    card = hub.content("anna/tiny")["README.md"].decode()
+    assert "license: mit" in card and WRITE_TOKEN not in card
+    PIL.Image.effect_noise((20, 20), 60).convert("RGB").save(tmp_path / "photo.jpg")
+    loaded = client(LOAD, "out", "anna/tiny")
+    assert loaded.returncode == 0, loaded.stderr
