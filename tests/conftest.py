@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 
+os.environ["OMP_NUM_THREADS"] = "1"  # forked processes do not survive a pool of threads
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, when it is first imported
 
 import pytest  # noqa: E402
