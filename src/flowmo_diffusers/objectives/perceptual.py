@@ -6,22 +6,19 @@ distance takes two batches of images in [-1, 1] and gives one number per sample.
 autocast; images are normalised, features and logits compared, in float32.
 """
 
-import json
-import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants as hub_constants
 from torch import Tensor, nn
 
+from flowmo_diffusers.engine.pretrained import download_tensors, load_exactly, read_tensors
+from flowmo_diffusers.objectives.vision import IMAGENET_MEAN, IMAGENET_STD, load_vision_model
 
-logger = logging.getLogger(__name__)
 
 PERCEPTUAL_NETWORKS = ("lpips-vgg", "lpips-alex", "resnet50", "none")
 KNOWN = f"known are {', '.join(PERCEPTUAL_NETWORKS)}, and a folder or Hub id of a transformers image classifier"
@@ -32,9 +29,6 @@ TORCHVISION_FILES = {
     "lpips-alex": "alexnet-owt-7be5be79.pth",
     "resnet50": "resnet50-0676ba61.pth",
 }
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class PerceptualDistance(nn.Module):
@@ -180,7 +174,7 @@ def _load_lpips(name: str, weights: str | os.PathLike | None) -> LPIPS:
         backbone, source = _read_weights(name, weights)
         heads = {key: tensor for key, tensor in tensors.items() if key.startswith("heads.")}
         tensors = heads | {key: tensor for key, tensor in backbone.items() if not key.startswith("classifier.")}
-    _fill(network, tensors, source)
+    load_exactly(network, tensors, source)
     return network
 
 
@@ -190,56 +184,26 @@ def _load_resnet50(weights: str | os.PathLike | None) -> LogitDistance:
     tensors, source = _read_weights("resnet50", weights)
     # torchvision's is v1.5: a bottleneck strides in its 3x3 convolution.
     classifier = ResNetForImageClassification(ResNetConfig(num_labels=1000, downsample_in_bottleneck=False))
-    _fill(classifier, tensors, source, torchvision_resnet_key)
+    load_exactly(classifier, tensors, source, torchvision_resnet_key)
     return LogitDistance(classifier)
 
 
 def _load_classifier(name: str) -> LogitDistance:
     from transformers import AutoModelForImageClassification
-    from transformers.utils import cached_file
 
     if "/" not in name and not os.path.isdir(name):
         raise ValueError(f"unknown perceptual network {name!r}: {KNOWN}")
     try:
-        classifier, report = AutoModelForImageClassification.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True
-        )
-        file = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError) as error:
-        raise OSError(f"perceptual network {name!r} cannot be loaded ({error}); {KNOWN}") from error
-    if report["missing_keys"]:
-        raise OSError(f"perceptual network {name!r} has no weights for {sorted(report['missing_keys'])}")
-
-    settings = {"size": getattr(classifier.config, "image_size", 224)}
-    if file is None:
-        logger.warning(
-            f"{name} has no preprocessor_config.json: assuming ImageNet mean and std, size {settings['size']}"
-        )
-    else:
-        settings |= json.loads(Path(file).read_text())
-    return LogitDistance(classifier, **_input_settings(settings))
-
-
-def _input_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `LogitDistance` from the entries of a preprocessor_config.json, "size" at least."""
-    for unsupported in ("do_flip_channel_order", "rescale_offset"):
-        if settings.get(unsupported):
-            raise ValueError(f"a classifier with {unsupported} in its preprocessor_config.json is not supported")
-    size = (settings.get("do_center_crop") and settings.get("crop_size")) or settings["size"]
-    if isinstance(size, dict):
-        size = (size["height"], size["width"]) if "height" in size else size["shortest_edge"]
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    if settings.get("do_normalize") is False:
-        return {"size": size, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    mean, std = settings.get("image_mean") or IMAGENET_MEAN, settings.get("image_std") or IMAGENET_STD
-    return {"size": size, "mean": mean, "std": std}
+        return LogitDistance(*load_vision_model(AutoModelForImageClassification, name))
+    except OSError as error:
+        raise OSError(f"perceptual network {name!r}: {error}; {KNOWN}") from error
 
 
 def _read_weights(name: str, weights: str | os.PathLike | None) -> tuple[dict[str, Tensor], str]:
     """Tensors by the names of their file, and the file they are from."""
     official = TORCHVISION_FILES[name]
     if weights is None:
-        return _download(official), official
+        return download_tensors(TORCHVISION_URL + official, "--perceptual_weights"), official
     path = Path(weights)
     if path.is_dir():
         stem = official.split("-")[0]
@@ -247,42 +211,7 @@ def _read_weights(name: str, weights: str | os.PathLike | None) -> tuple[dict[st
         if len(found) != 1:
             raise OSError(f"{path} must hold one {stem}*.safetensors or {stem}*.pth, found {[f.name for f in found]}")
         path = found[0]
-    if not path.is_file():
-        raise FileNotFoundError(f"perceptual weights {path} (--perceptual_weights) do not exist")
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path), str(path)
-    return torch.load(path, map_location="cpu", weights_only=True), str(path)
-
-
-def _download(file: str) -> dict[str, Tensor]:
-    url, cached = TORCHVISION_URL + file, Path(torch.hub.get_dir(), "checkpoints", file)
-    try:
-        if hub_constants.HF_HUB_OFFLINE and not cached.is_file():
-            raise OSError("offline mode is set")
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise OSError(
-            f"perceptual weights {file} could not be loaded from {url} ({error}): download the file and "
-            f"point at it by --perceptual_weights PATH (in Python: weights=PATH), or put it at {cached}"
-        ) from error
-
-
-def _fill(
-    network: nn.Module, tensors: dict[str, Tensor], source: str, file_key: Callable[[str], str] = lambda key: key
-) -> None:
-    """Loads `tensors`, which call the network's entry `key` by `file_key(key)`; refuses all but an exact fit."""
-    # BatchNorm's step counter means nothing in eval mode, and not every file has it.
-    wanted = {file_key(k): (k, v) for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
-    tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith("num_batches_tracked")}
-    problems = {
-        "missing": wanted.keys() - tensors.keys(),
-        "unknown": tensors.keys() - wanted.keys(),
-        "misshapen": {k for k in wanted.keys() & tensors.keys() if wanted[k][1].shape != tensors[k].shape},
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{problem}: {', '.join(sorted(keys))}" for problem, keys in problems.items() if keys)
-        raise ValueError(f"weights in {source} do not fit the perceptual network. {listed}")
-    network.load_state_dict({key: tensors[name] for name, (key, _) in wanted.items()}, strict=False)
+    return read_tensors(path, "--perceptual_weights"), str(path)
 
 
 def torchvision_resnet_key(key: str) -> str:
