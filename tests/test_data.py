@@ -175,7 +175,7 @@ def test_source_errors(tmp_path, load):
     with pytest.raises(OSError, match="--train_data_dir.*nowhere does not exist"):
         load(data_dir=tmp_path / "nowhere")
     write_image(tmp_path / "one.png", 0)
-    with pytest.raises(OSError, match="--train_data_dir.*must be a folder or .tar or .parquet files, not .*one.png"):
+    with pytest.raises(OSError, match="--train_data_dir.*must be a folder, .tar .*, not .*one.png"):
         load(data_dir=tmp_path / "one.png")
     (tmp_path / "empty").mkdir()
     for _ in range(2):
@@ -261,6 +261,123 @@ def test_transform_equals_pillow(noise_image):
     tall = noise_image.transpose(PIL.Image.Transpose.ROTATE_90)
     expected = np.asarray(tall.resize((16, 27), PIL.Image.Resampling.BILINEAR).crop((0, 5, 16, 21)))
     assert torch.equal(ImageTransform(16)(tall), torch.tensor(expected).permute(2, 0, 1) / 127.5 - 1)
+
+
+@pytest.mark.parametrize("name", ["bilinear", "bicubic", "lanczos"])
+def test_interpolations(noise_image, name):
+    """Catches a name that stands for another of Pillow's filters."""
+    expected = noise_image.resize((27, 16), PIL.Image.Resampling[name.upper()]).crop((5, 0, 21, 16))
+    assert_shows(ImageTransform(16, interpolation=name)(noise_image), expected)
+
+
+@pytest.mark.parametrize(
+    ["size", "halves", "resized", "corner"],
+    [
+        ((80, 70), [(40, 35), (20, 17)], (19, 16), (1, 0)),
+        ((70, 129), [(35, 64), (17, 32)], (16, 30), (0, 7)),
+        ((64, 32), [(32, 16)], (32, 16), (8, 0)),
+        ((31, 200), [], (16, 103), (0, 43)),
+    ],
+)
+def test_adm(size, halves, resized, corner):
+    """Catches a halving too many or too few, by another filter, or one after which proportions are the image's and not
+    those of the halved one, as guided-diffusion has it."""
+    image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+    expected = image
+    for half in halves:
+        # The mean of 2 x 2 pixels, a last odd row or column being shared by its neighbours.
+        expected = expected.resize(half, PIL.Image.Resampling.BOX)
+    expected = expected.resize(resized, PIL.Image.Resampling.BICUBIC)
+    left, top = corner
+    expected = expected.crop((left, top, left + 16, top + 16))
+    assert_shows(ImageTransform(16, interpolation="adm")(image), expected)
+
+
+def assert_shows(actual: torch.Tensor, expected: PIL.Image.Image) -> None:
+    assert torch.equal(actual, torch.tensor(np.asarray(expected)).permute(2, 0, 1) / 127.5 - 1)
+
+
+@pytest.mark.parametrize(
+    ["size", "resized", "corner"],
+    [
+        ((50, 30), (26, 16), (5, 0)),  # 26.67 x 16
+        ((51, 30), (27, 16), (6, 0)),  # 27.2 x 16, at 5.5
+        ((30, 53), (16, 28), (0, 6)),  # 16 x 28.27
+        ((30, 55), (16, 29), (0, 6)),  # 16 x 29.33, at 6.5, to the even
+        ((30, 30), (16, 16), (0, 0)),
+    ],
+)
+def test_crop_of_torchvision(size, resized, corner):
+    """Catches crops that are a pixel away from those that published figures were measured on."""
+    image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+    left, top = corner
+    expected = image.resize(resized, PIL.Image.Resampling.BILINEAR).crop((left, top, left + 16, top + 16))
+    assert_shows(ImageTransform(16, crop="torchvision")(image), expected)
+
+
+def test_size_of_torchvision(monkeypatch):
+    """Catches a longer side that is off by one where the quotient is whole but its factors are not (as 49 / 98)."""
+    sizes = []
+    monkeypatch.setattr(
+        PIL.Image.Image, "resize", lambda image, size, *args: sizes.append(size) or PIL.Image.new("RGB", size)
+    )
+    for shorter in range(20, 60):
+        for longer in range(shorter, 90):
+            ImageTransform(15, crop="torchvision")(PIL.Image.new("RGB", (longer, shorter)))
+            assert sizes.pop() == (15 * longer // shorter, 15)
+
+
+@pytest.mark.parametrize("crop", ["center", "torchvision"])
+def test_rectangles(noise_image, crop):
+    """Catches height taken for width, and a crop that the image does not cover or that shows less than it could."""
+    covers = noise_image.resize((24, 14), PIL.Image.Resampling.BILINEAR).crop((0, 3, 24, 11))
+    assert_shows(ImageTransform((8, 24), crop=crop)(noise_image), covers)
+    covers = noise_image.transpose(PIL.Image.Transpose.ROTATE_90)
+    expected = covers.resize((14, 24), PIL.Image.Resampling.BILINEAR).crop((3, 0, 11, 24))
+    assert_shows(ImageTransform((24, 8), crop=crop)(covers), expected)
+    assert torch.equal(ImageTransform((16, 16), crop=crop)(noise_image), ImageTransform(16, crop=crop)(noise_image))
+
+
+def test_rectangle_of_adm():
+    """Catches an image halved although one of its sides is needed in full."""
+    image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 40, 3), np.uint8))
+    expected = image.resize((24, 38), PIL.Image.Resampling.BICUBIC).crop((0, 15, 24, 23))
+    assert_shows(ImageTransform((8, 24), interpolation="adm")(image), expected)
+
+
+def test_without_crop(noise_image):
+    """Catches a part of the image cut off, and a limit on elongated images where nothing is elongated."""
+    expected = noise_image.resize((24, 8), PIL.Image.Resampling.LANCZOS)
+    assert_shows(ImageTransform((8, 24), interpolation="lanczos", crop="none")(noise_image), expected)
+    assert ImageTransform(16, crop="none")(PIL.Image.new("RGB", (1, 60_000))).shape == (3, 16, 16)
+
+
+def test_transform_errors():
+    """Catches a word that is not known and stands for the default, and a random crop that is none."""
+    for options, message in (
+        ({"interpolation": "nearest"}, r"interpolation='nearest' must be one of \['bilinear', .*'adm'\]"),
+        ({"crop": "centre"}, r"crop='centre' must be one of \['center', 'torchvision', 'none'\]"),
+        ({"crop": "none", "random_crop": True}, "crop='none' has no place for random_crop=True"),
+        ({"crop": "torchvision", "max_scale": 1.5}, "crop='torchvision' has no place for .*max_scale=1.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ImageTransform(16, **options)
+
+
+def test_transform_as_json():
+    """Catches a setting left out of what cached results are named after, or two ways to say the same that differ."""
+    plain = ImageTransform(16).to_dict()
+    assert json.loads(json.dumps(plain)) == plain == ImageTransform((16, 16)).to_dict()
+    others = [
+        ImageTransform(17),
+        ImageTransform((16, 17)),
+        ImageTransform(16, random_crop=True),
+        ImageTransform(16, random_flip=True),
+        ImageTransform(16, max_scale=2.0),
+        ImageTransform(16, interpolation="adm"),
+        ImageTransform(16, crop="none"),
+    ]
+    assert len({json.dumps(other.to_dict()) for other in others} | {json.dumps(plain)}) == 8
 
 
 def test_transform_range():

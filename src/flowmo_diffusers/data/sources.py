@@ -1,6 +1,7 @@
 """Sources of images that can be read in any order."""
 
 import copy
+import hashlib
 import os
 import zlib
 from abc import ABC, abstractmethod
@@ -34,22 +35,37 @@ class ImageSource(ABC):
         self._rows = np.arange(count)
 
     @abstractmethod
-    def _read(self, row: int) -> bytes | str:
-        """The image stored in this place: its bytes or its path."""
+    def _read(self, row: int) -> bytes | str | PIL.Image.Image:
+        """The image stored in this place: its bytes or its path, or itself where it is not encoded."""
 
     @abstractmethod
     def _name(self, row: int) -> str: ...
+
+    @abstractmethod
+    def _identity(self, row: int) -> str:
+        """What tells this image from any other, and from itself once it was changed, without reading it."""
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> PIL.Image.Image:
         """In mode RGB. Raises [`BadImage`] if it cannot be decoded."""
-        return decode_image(self._read(int(self._rows[index])))
+        image = self._read(int(self._rows[index]))
+        return image if isinstance(image, PIL.Image.Image) else decode_image(image)
 
     def name(self, index: int) -> str:
         """Where a person finds the image: its path, or a file and the place in it. No two images share a name."""
         return self._name(int(self._rows[index]))
+
+    def fingerprint(self) -> str:
+        """
+        Hex digest of which images these are and of their order, the same in every process and after a restart; see
+        `docs/data.md`. No image is read, so only size and time of change tell that a file was edited.
+        """
+        digest = hashlib.blake2b(type(self).__name__.encode(), digest_size=16)
+        for row in self._rows.tolist():
+            digest.update(b"\0" + self._identity(row).encode())
+        return digest.hexdigest()
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "ImageSource":
         """The images of these numbers, as a source of their own."""
@@ -94,7 +110,34 @@ class ImageSource(ABC):
         return mixed[np.lexsort((generator.random(count), places // shuffle_buffer))]
 
 
-class FolderImages(ImageSource):
+class FileImages(ImageSource):
+    """
+    Files in the order given.
+
+    Args:
+        paths: One or more. Files that are gone are found out when they are read.
+    """
+
+    def __init__(self, paths: Sequence[str]):
+        self._paths = pa.array(paths, pa.large_string())
+        self._root = os.path.dirname(os.path.commonprefix(paths))
+        super().__init__(len(paths))
+
+    def _read(self, row: int) -> str:
+        return self._paths[row].as_py()
+
+    _name = _read
+
+    def _identity(self, row: int) -> str:
+        path = self._read(row)
+        try:
+            state = file_state(path)
+        except OSError:
+            state = "missing"
+        return f"{path.removeprefix(self._root)} {state}"
+
+
+class FolderImages(FileImages):
     """
     The files with an image's extension in folders and theirs, sorted by path. What is hidden is left out.
 
@@ -110,13 +153,13 @@ class FolderImages(ImageSource):
         if not paths:
             places = ", ".join(map(str, folders))
             raise FileNotFoundError(f"no images in {places} (nested .tar files need a pattern, as 'folder/*/*.tar')")
-        self._paths = pa.array(paths, pa.large_string())
-        super().__init__(len(paths))
+        super().__init__(paths)
 
-    def _read(self, row: int) -> str:
-        return self._paths[row].as_py()
 
-    _name = _read
+def file_state(path: str | Path) -> tuple[int, int]:
+    """Size in bytes and time of change in nanoseconds: others once the file was written to."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
 def _image_files(folder: str | Path) -> Iterator[str]:
@@ -142,6 +185,7 @@ class DatasetImages(ImageSource):
 
     def __init__(self, dataset: datasets.Dataset, image_column: str = "image"):
         self._column = find_image_column(dataset.features, image_column)
+        self._fingerprint = dataset._fingerprint
         self._dataset = dataset.select_columns(self._column).cast_column(self._column, datasets.Image(decode=False))
         super().__init__(len(dataset))
 
@@ -153,6 +197,9 @@ class DatasetImages(ImageSource):
         if image["bytes"] is None and image["path"]:
             return image["path"]
         return f"{self._dataset.split or 'dataset'} row {row}" + (f" ({image['path']})" if image["path"] else "")
+
+    def _identity(self, row: int) -> str:
+        return f"{self._fingerprint} {self._column} {row}"
 
 
 def find_image_column(features: Mapping[str, object], image_column: str) -> str:

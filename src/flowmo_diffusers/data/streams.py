@@ -4,17 +4,21 @@ import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 import datasets
 import fsspec
 import numpy as np
 import PIL.Image
+from datasets.arrow_writer import ArrowWriter
 
 from flowmo_diffusers.data.decoding import BadImage, decode_image
 from flowmo_diffusers.data.sources import DatasetImages, find_image_column, stored_image
+from flowmo_diffusers.engine.files import atomic_file
 
 
 _READ_AT_ONCE = 16
+_WRITTEN_AT_ONCE = 64
 
 
 class ImageStream:
@@ -44,6 +48,22 @@ class ImageStream:
     def pick(self, count: int) -> DatasetImages:
         """The first images, at most so many, in memory."""
         return self._in_memory(list(self._dataset.take(count)))
+
+    def store(self, file: str | Path, count: int) -> DatasetImages:
+        """
+        The first images, at most so many, still encoded, on disk: written to an Arrow file, one at a time, unless it
+        is there already. They can then be read in any order.
+        """
+        if not Path(file).exists():
+            features = datasets.Features({self._column: datasets.Image()})
+            with (
+                atomic_file(file) as temporary,
+                ArrowWriter(features=features, path=str(temporary), writer_batch_size=_WRITTEN_AT_ONCE) as writer,
+            ):
+                for item in self._dataset.take(count):
+                    writer.write({self._column: self._stored(item)})
+                writer.finalize()
+        return DatasetImages(datasets.Dataset.from_file(str(file)), self._column)
 
     def set_aside(self, count: int) -> tuple["ImageStream", DatasetImages]:
         """
@@ -83,14 +103,25 @@ class ImageStream:
 
     def decode(self, item: dict) -> PIL.Image.Image:
         """In mode RGB. Raises [`BadImage`] if it cannot be decoded."""
+        return decode_image(self._encoded(item))
+
+    def _encoded(self, item: dict) -> bytes | str:
+        """The bytes, or the path of a local file. Raises [`BadImage`] if there are none."""
         file = stored_image(item[self._column])
         if isinstance(file, str) and "://" in file:
             try:
                 with fsspec.open(file) as opened:
-                    file = opened.read()
+                    return opened.read()
             except FileNotFoundError as error:
                 raise BadImage(f"not found: {error}") from error
-        return decode_image(file)
+        return file
+
+    def _stored(self, item: dict) -> dict | None:
+        try:
+            file = self._encoded(item)
+        except BadImage:
+            return None
+        return {"bytes": file if isinstance(file, bytes) else None, "path": item[self._column]["path"]}
 
     def name(self, item: dict) -> str:
         """Where a person finds the image, as far as it is known; no two different images share a name."""

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flowmo_diffusers.data.decoding import IMAGE_EXTENSIONS, BadImage
-from flowmo_diffusers.data.sources import ImageSource
+from flowmo_diffusers.data.sources import ImageSource, file_state
 from flowmo_diffusers.engine.files import atomic_file
 
 
@@ -53,7 +53,8 @@ class TarImages(ImageSource):
     def __init__(self, shards: Sequence[str | Path], image_column: str = "image", cache_dir: str | Path | None = None):
         cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "tar_members"
         self._shards = [Path(shard) for shard in shards]
-        self._identities = [_identity(shard) for shard in self._shards]
+        self._root = os.path.dirname(os.path.commonprefix([str(shard) for shard in self._shards]))
+        self._states = [file_state(shard) for shard in self._shards]
         tables = [tar_members(shard, cache) for shard in self._shards]
         numbers = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
         members = pa.concat_tables(table.replace_schema_metadata() for table in tables)
@@ -77,10 +78,14 @@ class TarImages(ImageSource):
     def _name(self, row: int) -> str:
         return f"{self._shards[self._places[row, 0]]}/{self._names[row].as_py()}"
 
+    def _identity(self, row: int) -> str:
+        shard, offset, size = self._places[row].tolist()
+        return f"{self._name(row).removeprefix(self._root)} {offset} {size} {self._states[shard]}"
+
     def _file(self, shard: int) -> BinaryIO:
         if shard not in self._open:
             path = self._shards[shard]
-            if _identity(path) != self._identities[shard]:
+            if file_state(path) != self._states[shard]:
                 raise OSError(f"{path} has changed since its members were looked up")
             if len(self._open) == _MAX_OPEN:
                 self._open.pop(next(iter(self._open))).close()
@@ -118,7 +123,7 @@ def tar_members(path: Path, cache_dir: Path) -> pa.Table:
     Raises:
         OSError: If the file is missing, compressed, truncated, or no tar.
     """
-    identity = {b"file": str(_identity(path)).encode()}
+    identity = {b"file": str(file_state(path)).encode()}
     cached = cache_dir / f"{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32]}.parquet"
     if cached.exists():
         table = pq.read_table(cached)
@@ -131,12 +136,6 @@ def tar_members(path: Path, cache_dir: Path) -> pa.Table:
                 columns = [pa.array(column) for column in zip(*chunk, strict=True)]
                 writer.write_batch(pa.record_batch(columns, writer.schema))
     return pq.read_table(cached)
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    """Of the file's content: another one once it was written to."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def _members(file: BinaryIO, start: int, end: int, prefix: str = "") -> Iterator[tuple[str, int, int]]:
