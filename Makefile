@@ -13,9 +13,9 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[training,test,quality]"
-	# The reference for our LPIPS. Without its dependencies: it asks for torchvision, which nothing here needs.
-	$(BIN)/python -m pip install --quiet --no-deps lpips==0.1.4
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[training,evaluation,test,quality]"
+	# References for our metrics. Without their dependencies: they ask for torchvision, which nothing here needs.
+	$(BIN)/python -m pip install --quiet --no-deps lpips==0.1.4 torch-fidelity==0.4.0
 	touch $@
 
 demo: install

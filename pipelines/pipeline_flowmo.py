@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from flowmo_diffusers.models.autoencoder_flowmo import FlowMoAutoencoder
 from flowmo_diffusers.models.loading import OwnCheckpointsOnly
 from flowmo_diffusers.models.quantizers import Generators
+from flowmo_diffusers.pipelines.images import array_to_tensor, image_items, image_size
 from flowmo_diffusers.pipelines.registration import register_library
 from flowmo_diffusers.schedulers.scheduling_flowmo import FlowMoScheduler
 
@@ -287,12 +288,8 @@ class FlowMoPipeline(OwnCheckpointsOnly, DiffusionPipeline):
 
     def _images(self, image: PipelineImageInput, height: int | None, width: int | None) -> torch.Tensor:
         """Any accepted input to (b, c, height, width) in [-1, 1] on the model's device and in its dtype."""
-        items = image if isinstance(image, (list, tuple)) else [image]
-        kinds = (PIL.Image.Image, np.ndarray, torch.Tensor)
-        if not items or not any(all(isinstance(item, kind) for item in items) for kind in kinds):
-            names = sorted({type(item).__name__ for item in items})
-            raise ValueError(f"image must be PIL images, NumPy arrays or tensors, or a list of one kind; got {names}")
-        sizes = sorted({_image_size(item) for item in items})
+        items = image_items(image)
+        sizes = sorted({image_size(item) for item in items})
         if len(sizes) > 1 and (height is None or width is None):
             raise ValueError(f"image has different sizes (h, w) in one batch, {sizes}: give `height` and `width`")
         patch = self.autoencoder.config.patch_size
@@ -309,7 +306,7 @@ class FlowMoPipeline(OwnCheckpointsOnly, DiffusionPipeline):
         if isinstance(item, PIL.Image.Image):
             item = item.convert("L" if self.autoencoder.config.in_channels == 1 else "RGB")
             return self.image_processor.preprocess(item, height, width)
-        images = _array_to_images(item)
+        images = array_to_tensor(item)
         if images.shape[-2:] != (height, width):
             images = torch.nn.functional.interpolate(images, (height, width), mode="bilinear", antialias=True)
         self.autoencoder._check_images(images, "image")
@@ -377,28 +374,3 @@ def _is_guided(t: float, interval: tuple[float, float]) -> bool:
     """Whether sigma / (1 + sigma) = t lies in an interval of sigma; an end met up to float32's rounding is inside."""
     low, high = (1 - 1 / (1 + sigma) for sigma in interval)
     return low - 1e-6 <= t <= high + 1e-6
-
-
-def _image_size(item: PIL.Image.Image | np.ndarray | torch.Tensor) -> tuple[int, int]:
-    if isinstance(item, PIL.Image.Image):
-        return item.height, item.width
-    if item.ndim not in (3, 4):
-        raise ValueError(f"image has shape {tuple(item.shape)}; expected three dimensions, or four with a batch")
-    return tuple(item.shape[-3:-1] if isinstance(item, np.ndarray) else item.shape[-2:])
-
-
-def _array_to_images(array: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """A NumPy array (h, w, c) in [0, 1] or uint8, or a tensor (c, h, w) in [-1, 1], to (n, c, h, w) in [-1, 1]."""
-    if isinstance(array, np.ndarray):
-        scale = 255 if array.dtype == np.uint8 else 1
-        images = torch.tensor(np.ascontiguousarray(array, np.float32)).movedim(-1, -3) / scale * 2 - 1
-        expected = "a float NumPy image lies in [0, 1] (or give uint8)"
-    elif array.is_floating_point():
-        images, expected = array.float(), "a tensor image lies in [-1, 1]"
-    else:
-        raise ValueError(f"image tensor has dtype {array.dtype}; expected floats in [-1, 1]")
-    if images.numel() == 0 or not torch.isfinite(images).all():
-        raise ValueError("image is empty or has values that are not finite (NaN or infinity)")
-    if images.abs().max() > 1 + 1e-3:
-        raise ValueError(f"image values range from {array.min():.3g} to {array.max():.3g}: {expected}")
-    return images if images.ndim == 4 else images[None]

@@ -3,10 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from skimage.metrics import peak_signal_noise_ratio
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from flowmo_diffusers.metrics.pictures import labelled_rows
-from flowmo_diffusers.metrics.reconstruction import psnr, to_uint8
+from flowmo_diffusers.metrics.reconstruction import (
+    mean_psnr,
+    mean_squared_error,
+    pixels,
+    psnr,
+    psnr_over_batches,
+    round_images,
+    ssim,
+    to_uint8,
+)
 
 
 @pytest.fixture
@@ -36,7 +45,7 @@ def test_psnr_equals_scikit_image(pairs):
     ]
     result = psnr(x, y)
     assert result.shape == (4,) and expected[0] > expected[-1] + 20
-    assert result.tolist() == pytest.approx(expected, rel=1e-6)
+    assert result.tolist() == pytest.approx(expected, rel=0, abs=1e-6)
     assert [psnr(a[None], b[None]).item() for a, b in zip(x, y, strict=True)] == result.tolist()
 
 
@@ -53,6 +62,128 @@ def test_psnr_refuses_unequal_shapes(pairs):
     x, y = pairs
     with pytest.raises(ValueError, match=r"must have one shape, not \(1, 3, 24, 16\) and \(4, 3, 24, 16\)"):
         psnr(x[:1], y)
+
+
+def test_roundings():
+    """Catches 8-bit images that change when truncated, or float pixels that are rounded or not clipped."""
+    values = torch.arange(256) / 127.5 - 1
+    between = values[:-1] + 0.9 / 127.5
+    for rounding in ("nearest", "truncate", "float"):
+        assert pixels(values, rounding).tolist() == list(range(256))
+        torch.testing.assert_close(round_images(values, rounding), values, rtol=0, atol=1e-7)
+    assert to_uint8(between, "truncate").tolist() == list(range(255))
+    assert to_uint8(between, "nearest").tolist() == list(range(1, 256))
+    torch.testing.assert_close(pixels(between, "float"), torch.arange(255) + 0.9, rtol=0, atol=1e-4)
+    assert pixels(torch.tensor([-3.0, 3.0]), "float").tolist() == [0, 255]
+    assert round_images(between, "truncate").dtype == torch.float32
+    torch.testing.assert_close(round_images(between, "truncate"), values[:-1], rtol=0, atol=1e-7)
+
+
+def test_unknown_roundings_are_refused(pairs):
+    """Catches a misspelt rounding that means another one."""
+    for function in (psnr, ssim, mean_squared_error):
+        with pytest.raises(ValueError, match="rounding='floor' must be one of nearest, truncate, float"):
+            function(*pairs, "floor")
+    with pytest.raises(ValueError, match="gives no 8-bit values"):
+        to_uint8(pairs[0], "float")
+
+
+def test_errors_of_unrounded_and_truncated_pixels(pairs):
+    """Catches a rounding that is not handed on, for an image or its original."""
+    x, y = (images.double().clamp(-1, 1) * 127.5 + 127.5 for images in pairs)
+    expected = {
+        "float": (x - y).square().mean((1, 2, 3)),
+        "truncate": (x.floor() - y.floor()).square().mean((1, 2, 3)),
+        "nearest": (x.round() - y.round()).square().mean((1, 2, 3)),
+    }
+    for rounding, errors in expected.items():
+        torch.testing.assert_close(mean_squared_error(*pairs, rounding), errors, rtol=1e-6, atol=0)
+        torch.testing.assert_close(psnr(*pairs, rounding), 10 * (255**2 / errors).log10(), rtol=1e-6, atol=0)
+
+
+def test_mixed_dtypes(pairs):
+    """Catches a reconstruction in bfloat16 that lowers the precision of what it is compared with."""
+    x, y = pairs[0], pairs[1].bfloat16()
+    for function in (psnr, ssim):
+        assert torch.equal(function(x, y), function(x, y.float()))
+
+
+def test_mean_psnr(caplog):
+    """Catches an image equal to its original that makes the mean infinite, or is left out without a word."""
+    errors = torch.tensor([0.0, 650.25, 65.025, 0.0], dtype=torch.float64)
+    mean, equal = mean_psnr(errors)
+    assert mean == pytest.approx(25) and equal == 2
+    assert "2 of 4 images equal their originals" in caplog.text
+    caplog.clear()
+    assert mean_psnr(errors[1:3]) == (pytest.approx(25), 0)
+    assert not caplog.text
+    assert mean_psnr(errors[:1]) == (float("inf"), 1)
+    with pytest.raises(ValueError, match="empty"):
+        mean_psnr(errors[:0])
+
+
+def test_psnr_over_batches_equals_scikit_image_on_batches():
+    """Catches means of means, a last batch that is dropped, or a PSNR of images."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(7, 3, 8, 8, generator=generator) * 2 - 1
+    y = x + torch.randn(x.shape, generator=generator) * torch.logspace(-2, 0, 7)[:, None, None, None]
+    a, b = to_uint8(x, "truncate").numpy(), to_uint8(y, "truncate").numpy()
+    expected = [peak_signal_noise_ratio(a[i : i + 3], b[i : i + 3], data_range=255) for i in range(0, 7, 3)]
+    errors = mean_squared_error(x, y, "truncate")
+    assert psnr_over_batches(errors, 3) == pytest.approx(np.mean(expected), abs=1e-6)
+    assert psnr_over_batches(errors, 1) == pytest.approx(psnr(x, y, "truncate").mean().item())
+    assert psnr_over_batches(errors) < psnr(x, y, "truncate").mean()
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        psnr_over_batches(errors, 0)
+    with pytest.raises(ValueError, match="empty"):
+        psnr_over_batches(errors[:0])
+
+
+def smooth(pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bright images of little contrast beside noisy ones, to tell luminance, contrast and structure apart."""
+    x, y = pairs
+    ramp = torch.linspace(0.5, 0.9, 16).expand(1, 3, 24, 16)
+    return torch.cat([x, ramp, ramp]), torch.cat([y, ramp - 0.1, ramp.flip(-1)])
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "truncate", "float"])
+def test_ssim_equals_scikit_image(pairs, rounding):
+    """Catches a Gaussian window, the population covariance, borders that count, or other constants."""
+    x, y = smooth(pairs)
+    expected = [
+        structural_similarity(a.double().numpy(), b.double().numpy(), data_range=255, channel_axis=0)
+        for a, b in zip(pixels(x, rounding), pixels(y, rounding), strict=True)
+    ]
+    result = ssim(x, y, rounding)
+    assert max(expected) > 0.9 and min(expected) < 0.1
+    assert result.tolist() == pytest.approx(expected, rel=0, abs=1e-6)
+    assert torch.equal(ssim(x, x), torch.ones(6, dtype=torch.float64))
+
+
+def test_ssim_of_the_smallest_image(pairs):
+    """Catches a window that needs a border, or an image too small for it that gives no number."""
+    x, y = (images[..., :7, :7] for images in pairs)
+    a, b = to_uint8(x[0]).numpy(), to_uint8(y[0]).numpy()
+    assert ssim(x, y)[0].item() == pytest.approx(structural_similarity(a, b, data_range=255, channel_axis=0), abs=1e-6)
+    with pytest.raises(ValueError, match=r"\(6, 7\) are smaller than SSIM's window of 7"):
+        ssim(x[..., :6, :], y[..., :6, :])
+
+
+def test_images_that_are_no_numbers_are_refused(pairs):
+    """Catches a diverged model whose pixels are clipped and then measured as if they were an image."""
+    x, y = pairs
+    for function in (psnr, ssim, mean_squared_error):
+        for value in (float("nan"), float("inf")):
+            bad = y.clone()
+            bad[2, 1, 3, 4] = value
+            with pytest.raises(ValueError, match="images y have values that are not finite"):
+                function(x, bad)
+            with pytest.raises(ValueError, match="images x have values that are not finite"):
+                function(bad, x)
+        with pytest.raises(ValueError, match="one shape"):
+            function(x, y[:, :1])
+        with pytest.raises(ValueError, match=r"it must be \(b, c, h, w\)"):
+            function(x[0], y[0])
 
 
 def test_labelled_rows():
