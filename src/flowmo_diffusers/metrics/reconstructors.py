@@ -1,0 +1,104 @@
+"""What is evaluated: anything that stores an image in some bytes and brings it back."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flowmo_diffusers.engine.digests import module_digest
+from flowmo_diffusers.engine.seeding import keyed_generator
+from flowmo_diffusers.pipelines.pipeline_flowmo import FlowMoPipeline
+
+
+@dataclass
+class Reconstruction:
+    """
+    Args:
+        images: (b, 3, h, w) float32 in [-1, 1].
+        num_bytes: (b,) float64, what is stored of each image; may be a fraction.
+        indices: (b, tokens, groups) int64 where the codes are discrete.
+    """
+
+    images: torch.Tensor
+    num_bytes: torch.Tensor
+    indices: torch.Tensor | None = None
+
+
+class Reconstructor(ABC):
+    """
+    Images to what is stored of them and back.
+
+    Args:
+        name: Of its row in a table.
+        settings: Plain JSON values, everything that its results depend on.
+    """
+
+    def __init__(self, name: str, settings: dict[str, Any]):
+        self.name = name
+        self.settings = settings
+
+    @abstractmethod
+    def __call__(self, images: torch.Tensor, numbers: Sequence[int]) -> Reconstruction:
+        """
+        Args:
+            images: (b, 3, h, w) in [-1, 1].
+            numbers: Of the images in their data set; what is random is drawn for each from its number, so that results
+                do not depend on batches and processes.
+        """
+
+
+class FlowMoReconstructor(Reconstructor):
+    """
+    A FlowMo pipeline. The bytes counted are those of [`FlowMoAutoencoder.pack_codes`], or 2 a number (float16, to
+    which the codes are really rounded) where the quantizer is not discrete.
+
+    Args:
+        pipeline: On its device, in its dtype.
+        name: Of its row.
+        seed: Of the noise that decoding starts from.
+        sampling: Arguments of the pipeline's call, such as {"num_inference_steps": 8}; what is left out has the
+            pipeline's default.
+    """
+
+    def __init__(self, pipeline: FlowMoPipeline, name: str, seed: int = 0, sampling: dict[str, Any] | None = None):
+        self.pipeline = pipeline
+        self.seed = seed
+        self.sampling = dict(sampling or {})
+        settings = {
+            "class": type(pipeline).__name__,
+            "weights": module_digest(pipeline.autoencoder),
+            "autoencoder": _own_entries(pipeline.autoencoder.config),
+            "dtype": str(pipeline.autoencoder.dtype),
+            "scheduler": _own_entries(pipeline.scheduler.config),
+            "seed": seed,
+            "sampling": self.sampling,
+        }
+        super().__init__(name, settings)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor, numbers: Sequence[int]) -> Reconstruction:
+        pipeline, autoencoder = self.pipeline, self.pipeline.autoencoder
+        tokens = pipeline.encode(images, generator=[keyed_generator(self.seed, "encoding", n) for n in numbers])
+        if autoencoder.quantize.is_discrete:
+            stored = autoencoder.pack_codes(autoencoder.indices_to_codes(tokens))
+            num_bytes = torch.tensor([len(packed) for packed in stored], dtype=torch.float64)
+        else:
+            tokens = tokens.half().to(tokens.dtype)
+            stored, num_bytes = tokens, torch.full((len(images),), 2.0 * tokens[0].numel(), dtype=torch.float64)
+        reconstructions = pipeline.decode(
+            stored,
+            height=images.shape[-2],
+            width=images.shape[-1],
+            generator=[keyed_generator(self.seed, "decoding", n) for n in numbers],
+            output_type="latent",
+            **self.sampling,
+        )
+        indices = tokens.cpu() if autoencoder.quantize.is_discrete else None
+        return Reconstruction(reconstructions.float().cpu().clamp(-1, 1), num_bytes, indices)
+
+
+def _own_entries(config: dict[str, Any]) -> dict[str, Any]:
+    """Without what says only where a configuration is from."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
