@@ -1,8 +1,6 @@
 """What the tests share: no network, and a model small enough to run in milliseconds."""
 
-import importlib.util
 import os
-from pathlib import Path
 
 
 os.environ["OMP_NUM_THREADS"] = "1"  # forked processes do not survive a pool of threads
@@ -10,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, when it is 
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from scripts import load_script  # noqa: E402
 
 from flowmo_diffusers import FlowMoAutoencoder, FlowMoPipeline, FlowMoScheduler  # noqa: E402
 
@@ -54,8 +53,4 @@ def tiny_pipeline(tiny_autoencoder: FlowMoAutoencoder) -> FlowMoPipeline:
 @pytest.fixture(scope="session")
 def script():
     """The training script as a module."""
-    path = Path(__file__).parents[1] / "training" / "train_flowmo.py"
-    spec = importlib.util.spec_from_file_location("train_flowmo", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("train_flowmo")

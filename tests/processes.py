@@ -56,5 +56,5 @@ def _enter(rank: int, count: int, function: Callable, args: tuple, folder: Path)
         store, limit = dist.FileStore(str(folder / "store"), count), timedelta(seconds=20)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=limit)
     torch.save(function(*args), folder / f"result-{rank}")
-    if count > 1:
+    if dist.is_initialized():  # what it ran may have ended it, as Accelerate does after training
         dist.destroy_process_group()

@@ -63,10 +63,10 @@ def test_chunks_without_rows_lack_columns(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"description": {**DESCRIPTION, "rounding": "float"}}, "rounding is 'nearest' there, 'float' here"),
-        ({"description": {**DESCRIPTION, "jpeg": 75}}, "jpeg is None there, 75 here"),
-        ({"count": 8}, "count is 7 there, 8 here"),
-        ({"size": 2}, "chunk_size is 3 there, 2 here"),
+        ({"description": {**DESCRIPTION, "rounding": "float"}}, "rounding is 'nearest' there and 'float' here"),
+        ({"description": {**DESCRIPTION, "jpeg": 75}}, "jpeg is None there and 75 here"),
+        ({"count": 8}, "count is 7 there and 8 here"),
+        ({"size": 2}, "chunk_size is 3 there and 2 here"),
     ],
 )
 def test_results_of_something_else_are_refused(tmp_path, change, message):

@@ -25,6 +25,8 @@ def parse(tmp_path):
         group.add_argument("--model_config")
         group.add_argument("--random_flip", action=argparse.BooleanOptionalAction, default=True)
         group.add_argument("--center_crop", action="store_true")
+        group.add_argument("--sides", type=int, nargs="+", default=[])
+        group.add_argument("--metrics", nargs="*", choices=["psnr", "ssim"], default=["psnr"])
         config = tmp_path / "config.yaml"
         config.write_text(text)
         return parse_with_config(parser, ["--config", str(config), *flags], section="stage")
@@ -95,6 +97,15 @@ def test_key_without_value(parse, capsys):
     assert "required: --output_dir" in capsys.readouterr().err
 
 
+def test_several_values(parse):
+    """Catches a list that is taken for a mistake, or whose values keep the types of the file."""
+    args = parse("sides: [1, '2']\nmetrics: []\n", "--output_dir", "o")
+    assert args.sides == [1, 2] and args.metrics == []
+    args = parse("sides: 3\nmetrics: [ssim]\n", "--output_dir", "o", "--sides", "4", "5")
+    assert args.sides == [4, 5] and args.metrics == ["ssim"]
+    assert parse("sides: 3\n", "--output_dir", "o").sides == [3]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -104,6 +115,8 @@ def test_key_without_value(parse, capsys):
         ("1: 2\nno: 3", "unknown keys ['1', 'False']"),
         ("stage: distill", "stage='distill' must be one of ['pretrain', 'posttrain']"),
         ("size: 3", "size=3 must be one of [1, 2]"),
+        ("metrics: [psnr, fid]", "metrics='fid' must be one of ['psnr', 'ssim']"),
+        ("sides: [1, x]", "sides: 'x' is no value of it"),
         ("precision: no", "precision=False is no switch: quote a word"),
         ("random_flip: 'false'", "random_flip='false' must be true or false"),
         ("center_crop: 1", "center_crop=1 must be true or false"),

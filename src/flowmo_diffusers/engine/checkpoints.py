@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.checkpoint.api import CheckpointException
 
+from flowmo_diffusers.engine.digests import differences
 from flowmo_diffusers.engine.files import flush
 from flowmo_diffusers.engine.processes import on_any_process
 
@@ -110,13 +111,7 @@ def check_config(checkpoint: str | Path, config: Mapping[str, Any]) -> None:
         OSError: If the checkpoint has none.
     """
     saved = json.loads((Path(checkpoint) / CONFIG_FILE).read_text())["config"]
-    now = json.loads(json.dumps(config))
-    differing = [
-        f"{name} is {saved.get(name)!r} there and {now.get(name)!r} here"
-        for name in sorted(saved.keys() | now.keys())
-        if saved.get(name) != now.get(name)
-    ]
-    if differing:
+    if differing := differences(saved, config):
         raise ValueError(f"{checkpoint} is of another configuration: {'; '.join(differing)}")
 
 

@@ -9,6 +9,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from flowmo_diffusers.engine.digests import differences
 from flowmo_diffusers.engine.files import atomic_file
 
 
@@ -34,12 +35,11 @@ class Chunks:
         self.folder = Path(folder)
         self.count = count
         self.size = size
-        wanted = json.loads(json.dumps({**description, "count": count, "chunk_size": size}))
+        wanted = {**description, "count": count, "chunk_size": size}
         file = self.folder / "description.json"
         if file.is_file():
-            found = json.loads(file.read_text())
-            if differences := _differences(found, wanted):
-                raise ValueError(f"{self.folder} holds results of something else: {'; '.join(differences)}")
+            if found := differences(json.loads(file.read_text()), wanted):
+                raise ValueError(f"{self.folder} holds results of something else: {'; '.join(found)}")
         else:
             with atomic_file(file) as path:
                 path.write_text(json.dumps(wanted, indent=2) + "\n")
@@ -105,9 +105,3 @@ class Chunks:
 
     def _file(self, chunk: int) -> Path:
         return self.folder / f"rows-{chunk:06}.safetensors"
-
-
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What two descriptions say differently, in words."""
-    names = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
-    return [f"{name} is {found.get(name)!r} there, {wanted.get(name)!r} here" for name in names]

@@ -1,7 +1,8 @@
-"""Short names for what results depend on: two that are equal mean the same content."""
+"""What results depend on: a short name for it, and how one differs from another."""
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,13 @@ def json_digest(value: Any) -> str:
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """In words, each entry in which two mappings of plain JSON values differ."""
+    there, here = (json.loads(json.dumps(values)) for values in (there, here))
+    names = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    return [f"{name} is {there.get(name)!r} there and {here.get(name)!r} here" for name in names]
 
 
 def module_digest(module: torch.nn.Module) -> str:

@@ -58,17 +58,32 @@ def _mapping(value: Any, name: str) -> dict:
 
 def _default(action: argparse.Action, value: Any) -> Any:
     """What the file says as this option's default: a string, which argparse converts as if it were a flag's, a switch
-    (true or false), or a list or mapping where the option has no type."""
+    (true or false), values where the option takes several, or a list or mapping where it has no type."""
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise ValueError(f"{action.dest}={value!r} must be true or false")
         return value
     if isinstance(value, bool):
         raise ValueError(f"{action.dest}={value!r} is no switch: quote a word that YAML reads as one, such as 'no'")
+    if action.nargs in ("+", "*"):
+        return [_single(action, item) for item in (value if isinstance(value, list) else [value])]
     if isinstance(value, list | dict) and action.type is None and action.choices is None:
         return value
     if isinstance(value, list | dict):
         raise ValueError(f"{action.dest}={value!r} must be a single value")
+    _check_choice(action, value)
+    return str(value)
+
+
+def _single(action: argparse.Action, value: Any) -> Any:
+    """One of several values of an option; argparse converts strings only where they are a whole default."""
+    _check_choice(action, value)
+    try:
+        return action.type(str(value)) if action.type else str(value)
+    except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"{action.dest}: {value!r} is no value of it ({error})") from None
+
+
+def _check_choice(action: argparse.Action, value: Any) -> None:
     if action.choices is not None and str(value) not in map(str, action.choices):
         raise ValueError(f"{action.dest}={value!r} must be one of {list(action.choices)}")
-    return str(value)

@@ -1,0 +1,115 @@
+"""Figures for people: a table, a plot, and what they were measured with."""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowmo_diffusers.engine.files import atomic_file
+
+
+PACKAGES = ("flowmo_diffusers", "torch", "diffusers", "transformers", "datasets", "numpy", "pillow")
+
+# Columns of a table by their figure: digits, and which way is better.
+FIGURES = {
+    "images": (0, ""),
+    "bits_per_pixel": (4, ""),
+    "bytes_per_image": (1, ""),
+    "fid": (3, "↓"),
+    "sfid": (3, "↓"),
+    "inception_score": (2, "↑"),
+    "inception_score_std": (2, ""),
+    "rfid": (3, "↓"),
+    "psnr": (2, "↑"),
+    "psnr_official": (2, "↑"),
+    "ssim": (4, "↑"),
+    "lpips_vgg": (4, "↓"),
+    "lpips_alex": (4, "↓"),
+    "precision": (3, "↑"),
+    "recall": (3, "↑"),
+    "images_per_second": (2, ""),
+}
+DISTORTIONS = ("psnr", "ssim", "lpips_vgg", "lpips_alex", "rfid")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware, as plain JSON values."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": f"{device.type}: {name}",
+        "python": platform.python_version(),
+        "packages": {package: version(package) for package in PACKAGES},
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Plain JSON values, infinities by their names."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def markdown_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """
+    One row for each result, one column for each figure that any of them has.
+
+    Args:
+        results: Each {"name": str, "figures": {name: number}}.
+    """
+    given = {name for result in results for name in result["figures"]}
+    columns = [name for figure in FIGURES for name in sorted(given) if _figure(name) == figure]
+    lines = ["| | " + " | ".join(f"{name} {FIGURES[_figure(name)][1]}".strip() for name in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for result in results:
+        cells = [_cell(result["figures"].get(name), FIGURES[_figure(name)][0]) for name in columns]
+        lines.append(f"| {result['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _figure(name: str) -> str | None:
+    """The known figure that a name is or, with a network's suffix, begins with."""
+    return max((known for known in FIGURES if f"{name}_".startswith(f"{known}_")), key=len, default=None)
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def rate_distortion_plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """
+    Every distortion that was measured against bits per pixel, as a PNG. Results of one "group" have one colour.
+
+    Args:
+        results: As for [`markdown_table`], each with a "group" besides.
+
+    Raises:
+        ImportError: Without matplotlib.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    given = {name for result in results for name in result["figures"]}
+    shown = [name for figure in DISTORTIONS for name in sorted(given) if _figure(name) == figure]
+    figure = Figure(figsize=(4.2 * len(shown), 4.2), layout="constrained")
+    groups = list(dict.fromkeys(result["group"] for result in results))
+    for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        for number, group in enumerate(groups):
+            points = [r["figures"] for r in results if r["group"] == group and name in r["figures"]]
+            points.sort(key=lambda figures: figures["bits_per_pixel"])
+            rates = [figures["bits_per_pixel"] for figures in points]
+            line = "-" if len(set(rates)) == len(rates) else ""  # settings of one model share a rate: no curve
+            marker = "osD^v<>PX*"[number % 10]
+            axes.plot(rates, [figures[name] for figures in points], line + marker, color=f"C{number}", label=group)
+        rates = [result["figures"]["bits_per_pixel"] for result in results]
+        axes.set_xscale("log", base=2)
+        axes.set(xlim=(min(rates) / 1.6, max(rates) * 1.6), xlabel="bits per pixel")  # wide enough for a tick
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_title(f"{name} {FIGURES[_figure(name)][1]}")
+        axes.grid(alpha=0.3, which="both")
+    figure.axes[0].legend(fontsize="small")
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
