@@ -279,10 +279,10 @@ def test_stored_parts(tmp_path, load):
     """Catches images of another split or column than the one asked for, stored before under the same name."""
     for name, shade in (("train", 1), ("val", 3)):
         with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
-            for field in ("input.png", "output.png"):
+            for field, content in (("input.png", encoded(shade)), ("output.png", encoded(shade + 1))):
                 info = tarfile.TarInfo(f"a.{field}")
-                info.size = len(encoded(shade))
-                tar.addfile(info, io.BytesIO(encoded(shade + (field == "output.png"))))
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
     found = [
         shades(load(f"{tmp_path}/*.tar", split, image_column=column, num_images=1, streaming=True))
         for split in ("train", "validation")

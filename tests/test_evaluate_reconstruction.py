@@ -131,7 +131,7 @@ def test_everything_is_written(tmp_path, images, tiny):
     pictures = sorted(path.name for path in (tmp_path / "out" / "pictures").iterdir())
     assert len(pictures) == 4 and "tiny.png" in pictures
     with PIL.Image.open(tmp_path / "out" / "pictures" / "tiny.png") as picture:
-        assert picture.size == (6 + 3 * (32 + 6), 6 + 6 * (24 + 32 + 6))
+        assert picture.size == (6 + 3 * (96 + 6), 6 + 6 * (24 + 96 + 6))
     assert (tmp_path / "out" / "rate_distortion.png").is_file()
 
 
@@ -185,6 +185,16 @@ def test_damaged_images_are_left_out(tmp_path, images, tiny):
     assert name.endswith("07.png") and "known format" in reason
     with pytest.raises(OSError, match="1 of 12 images cannot be used"):
         run(tmp_path, folder, *words)
+
+
+@pytest.mark.parametrize("preset", ["imagenet_256", "openimages_256", "food101_256", "nuscenes"])
+def test_presets(tmp_path, preset):
+    """Each is a set of options that the script has, with the crop of the published evaluation."""
+    config = SCRIPT.parent / "configs" / "evaluation" / f"{preset}.yaml"
+    words = ["--config", config, "--dataset", "somewhere", "--baseline", "jpeg:75", "--output_dir", tmp_path]
+    args = load_script("evaluate_reconstruction").parse_args([str(word) for word in words])
+    assert args.resolution == (256, 256) and (args.interpolation, args.crop) == ("bilinear", "torchvision")
+    assert args.split in ("validation", "test") and args.num_images is None
 
 
 @pytest.mark.parametrize(

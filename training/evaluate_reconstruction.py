@@ -280,7 +280,7 @@ def draw(
         pictures[f"{kind}: originals"] = originals
         pictures[f"{kind}: {min(values):.1f} to {max(values):.1f} dB"] = reconstructor(originals, numbers).images
     with atomic_file(path) as temporary:
-        labelled_rows(pictures, side=min(transform.height, 256)).save(temporary, format="PNG")
+        labelled_rows(pictures, side=min(max(transform.height, 96), 256)).save(temporary, format="PNG")
 
 
 def main(args: argparse.Namespace) -> None:
