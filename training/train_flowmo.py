@@ -42,6 +42,7 @@ from flowmo_diffusers.engine.checkpoints import (
     find_checkpoints,
     read_step,
 )
+from flowmo_diffusers.engine.digests import config_entries
 from flowmo_diffusers.engine.ema import EMA
 from flowmo_diffusers.engine.files import atomic_file, atomic_folder, remove_partial
 from flowmo_diffusers.engine.launch import build_accelerator, launched_with
@@ -273,7 +274,7 @@ def read_model_config(args: argparse.Namespace) -> dict:
         raise ValueError(f"--resolution {args.resolution} must be a multiple of patch_size={model.config.patch_size}")
     if args.global_entropy and model.config.quantizer != "lfq":
         raise ValueError(f"--global_entropy: quantizer={model.config.quantizer!r} has no entropy term, 'lfq' has")
-    return {name: value for name, value in model.config.items() if not name.startswith("_")}
+    return config_entries(model)
 
 
 def course(args: argparse.Namespace, model_config: dict, num_processes: int) -> dict:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import ConfigMixin
 
 
 _DIGEST_BYTES = 16
@@ -20,6 +21,11 @@ def json_digest(value: Any) -> str:
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def config_entries(component: ConfigMixin) -> dict[str, Any]:
+    """The configuration of a component of diffusers as plain JSON values, without what says where it is from."""
+    return {name: value for name, value in json.loads(component.to_json_string()).items() if name[0] != "_"}
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

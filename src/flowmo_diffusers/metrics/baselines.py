@@ -7,7 +7,7 @@ from pathlib import Path
 import diffusers
 import torch
 
-from flowmo_diffusers.engine.digests import module_digest
+from flowmo_diffusers.engine.digests import config_entries, module_digest
 from flowmo_diffusers.engine.seeding import keyed_generator
 from flowmo_diffusers.metrics.codecs import CODECS, CodecReconstructor
 from flowmo_diffusers.metrics.reconstructors import Reconstruction, Reconstructor
@@ -58,7 +58,7 @@ class DiffusersReconstructor(Reconstructor):
     def __init__(self, autoencoder: diffusers.ModelMixin, name: str, seed: int = 0):
         self.kind = type(autoencoder).__name__
         _check_supported(self.kind, name)
-        config = {key: value for key, value in autoencoder.config.items() if not key.startswith("_")}
+        config = config_entries(autoencoder)
         if config.get("in_channels", 3) != 3:
             raise ValueError(f"baseline {name!r} is for inputs of {config['in_channels']} channels; images have 3")
         self.autoencoder = autoencoder.eval()

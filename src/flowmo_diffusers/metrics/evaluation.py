@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from flowmo_diffusers.engine.chunks import Chunks
+from flowmo_diffusers.engine.digests import module_digest
 from flowmo_diffusers.metrics.codebook import codebook_health
 from flowmo_diffusers.metrics.extraction import Rows, moments
 from flowmo_diffusers.metrics.features import FeatureNetwork
@@ -45,7 +46,7 @@ class ReconstructionEvaluation:
         """Plain JSON values, everything that rows depend on besides the images."""
         return {
             "protocol": self.protocol.to_dict(),
-            "distances": sorted(self.distances),
+            "distances": {name: module_digest(distance) for name, distance in self.distances.items()},
             "network": self.network and self.network.description,
         }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flowmo_diffusers.engine.digests import module_digest
+from flowmo_diffusers.engine.digests import config_entries, module_digest
 from flowmo_diffusers.engine.seeding import keyed_generator
 from flowmo_diffusers.pipelines.pipeline_flowmo import FlowMoPipeline
 
@@ -69,9 +69,9 @@ class FlowMoReconstructor(Reconstructor):
         settings = {
             "class": type(pipeline).__name__,
             "weights": module_digest(pipeline.autoencoder),
-            "autoencoder": _own_entries(pipeline.autoencoder.config),
+            "autoencoder": config_entries(pipeline.autoencoder),
             "dtype": str(pipeline.autoencoder.dtype),
-            "scheduler": _own_entries(pipeline.scheduler.config),
+            "scheduler": config_entries(pipeline.scheduler),
             "seed": seed,
             "sampling": self.sampling,
         }
@@ -97,8 +97,3 @@ class FlowMoReconstructor(Reconstructor):
         )
         indices = tokens.cpu() if autoencoder.quantize.is_discrete else None
         return Reconstruction(reconstructions.float().cpu().clamp(-1, 1), num_bytes, indices)
-
-
-def _own_entries(config: dict[str, Any]) -> dict[str, Any]:
-    """Without what says only where a configuration is from."""
-    return {name: value for name, value in config.items() if not name.startswith("_")}

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from flowmo_diffusers.data.arrays import write_npz
 from flowmo_diffusers.engine.chunks import Chunks
-from flowmo_diffusers.engine.digests import json_digest, module_digest
+from flowmo_diffusers.engine.digests import config_entries, json_digest, module_digest
 from flowmo_diffusers.engine.files import atomic_file
 from flowmo_diffusers.engine.seeding import keyed_generator
 from flowmo_diffusers.metrics.statistics import add_arrays, read_text
@@ -110,8 +110,7 @@ def _describe(component: Any) -> dict[str, Any]:
     """Class, settings and weights; not where they are from or by which version they were saved."""
     described = {"class": type(component).__name__}
     if isinstance(component, ConfigMixin):
-        settings = json.loads(component.to_json_string())
-        described["config"] = {name: value for name, value in settings.items() if name[0] != "_"}
+        described["config"] = config_entries(component)
     if isinstance(component, torch.nn.Module):
         described["weights"] = module_digest(component)
     return described
