@@ -49,8 +49,9 @@ def precision() -> str:
 def train(stage: str, output_dir: Path, *options: str) -> float:
     """Runs the real training script by `accelerate launch` and returns its seconds."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
-    command += ["--mixed_precision", precision(), str(HERE / "train_flowmo.py")]
+    command += [str(HERE / "train_flowmo.py")]
     command += ["--config", str(HERE / "configs" / "starter.yaml"), "--stage", stage, "--output_dir", str(output_dir)]
+    command += ["--mixed_precision", precision()]  # over the preset's
     started = time.perf_counter()
     subprocess.run([*command, *options], check=True)
     return time.perf_counter() - started
