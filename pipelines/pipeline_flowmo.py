@@ -1,6 +1,5 @@
 """FlowMoPipeline: images to tokens and tokens to images."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,20 +8,15 @@ import PIL.Image
 import torch
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import BaseOutput, logging
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from flowmo_diffusers.engine.seeding import Generators
 from flowmo_diffusers.models.autoencoder_flowmo import FlowMoAutoencoder
-from flowmo_diffusers.models.loading import OwnCheckpointsOnly
-from flowmo_diffusers.models.quantizers import Generators
 from flowmo_diffusers.pipelines.images import array_to_tensor, image_items, image_size
-from flowmo_diffusers.pipelines.registration import register_library
+from flowmo_diffusers.pipelines.saving import SafePipeline, check_generator
 from flowmo_diffusers.schedulers.scheduling_flowmo import FlowMoScheduler
 
-
-register_library()
-
-logger = logging.get_logger(__name__)
 
 Tokens = torch.Tensor | np.ndarray | bytes | Sequence[bytes]
 Callback = Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -40,7 +34,7 @@ class FlowMoPipelineOutput(BaseOutput):
     indices: torch.Tensor | None = None
 
 
-class FlowMoPipeline(OwnCheckpointsOnly, DiffusionPipeline):
+class FlowMoPipeline(SafePipeline):
     r"""
     Reconstructs images through FlowMo's tokens (arXiv 2503.11056).
 
@@ -67,25 +61,6 @@ class FlowMoPipeline(OwnCheckpointsOnly, DiffusionPipeline):
         self.image_processor = VaeImageProcessor(
             vae_scale_factor=autoencoder.config.patch_size if autoencoder is not None else 4
         )
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "FlowMoPipeline":
-        """
-        As [`DiffusionPipeline.from_pretrained`], but never from pickled weights, which run code when they are read.
-
-        Raises:
-            ValueError: If it is the checkpoint of another pipeline, or its weights are missing or of other shapes.
-            OSError: If there is no pipeline, or no safetensors weights.
-        """
-        if kwargs.get("use_safetensors") is False:
-            raise ValueError("use_safetensors=False is refused: weights are read from safetensors only")
-        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
-
-    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs) -> None:
-        """As [`DiffusionPipeline.save_pretrained`], but always to safetensors."""
-        if not safe_serialization:
-            logger.warning("safe_serialization=False is ignored: FlowMo's weights are written to safetensors only")
-        super().save_pretrained(save_directory, **kwargs)
 
     @property
     def guidance_scale(self) -> float:
@@ -126,7 +101,7 @@ class FlowMoPipeline(OwnCheckpointsOnly, DiffusionPipeline):
             ValueError: If an argument has the wrong type, shape or range.
         """
         images = self._images(image, height, width)
-        self._check_generator(generator, len(images))
+        check_generator(generator, len(images))
         encoded = self.autoencoder.encode(images, generator)
         self.maybe_free_model_hooks()
         return encoded.codes if encoded.indices is None else encoded.indices
@@ -165,7 +140,7 @@ class FlowMoPipeline(OwnCheckpointsOnly, DiffusionPipeline):
         height = self.autoencoder.config.sample_size if height is None else height
         width = self.autoencoder.config.sample_size if width is None else width
         shape = (len(codes), self.autoencoder.config.in_channels, height, width)
-        self._check_inputs(
+        self.check_inputs(
             shape,
             num_inference_steps,
             guidance_interval,
@@ -246,7 +221,7 @@ class FlowMoPipeline(OwnCheckpointsOnly, DiffusionPipeline):
             ValueError: If an argument has the wrong type, shape or range; before the model runs.
         """
         images = self._images(image, height, width)
-        self._check_inputs(
+        self.check_inputs(
             tuple(images.shape),
             num_inference_steps,
             guidance_interval,
@@ -335,7 +310,7 @@ class FlowMoPipeline(OwnCheckpointsOnly, DiffusionPipeline):
             raise ValueError("tokens are empty: there is no image to decode")
         return codes.to(self._execution_device, autoencoder.dtype)
 
-    def _check_inputs(
+    def check_inputs(
         self,
         shape: tuple[int, int, int, int],
         num_inference_steps: int,
@@ -345,8 +320,9 @@ class FlowMoPipeline(OwnCheckpointsOnly, DiffusionPipeline):
         output_type: str,
         callback_tensor_inputs: Sequence[str],
     ) -> None:
+        """Raises the `ValueError` of [`~FlowMoPipeline.decode`] for images of this shape (b, c, h, w)."""
         self._check_size(*shape[-2:])
-        self._check_generator(generator, shape[0])
+        check_generator(generator, shape[0])
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
         if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1]:
@@ -364,10 +340,6 @@ class FlowMoPipeline(OwnCheckpointsOnly, DiffusionPipeline):
         patch = self.autoencoder.config.patch_size
         if height < patch or width < patch or height % patch or width % patch:
             raise ValueError(f"height={height} and width={width} must be positive multiples of the patch size {patch}")
-
-    def _check_generator(self, generator: Generators, batch: int) -> None:
-        if isinstance(generator, list) and len(generator) != batch:
-            raise ValueError(f"generator is a list of {len(generator)}; expected one for each of {batch} images")
 
 
 def _is_guided(t: float, interval: tuple[float, float]) -> bool:

@@ -9,12 +9,23 @@ _EXPORTS = {
     "FlowMoAutoencoder": "flowmo_diffusers.models.autoencoder_flowmo",
     "FlowMoScheduler": "flowmo_diffusers.schedulers.scheduling_flowmo",
     "FlowMoPipeline": "flowmo_diffusers.pipelines.pipeline_flowmo",
+    "FlowMoTokenGenerator": "flowmo_diffusers.models.token_generator",
+    "FlowMoTokenScheduler": "flowmo_diffusers.schedulers.scheduling_flowmo_tokens",
+    "FlowMoGenerationPipeline": "flowmo_diffusers.pipelines.pipeline_generation",
     # diffusers looks for these two on the library that a pipeline's model_index.json names.
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
 }
 
-__all__ = ["FlowMoAutoencoder", "FlowMoPipeline", "FlowMoScheduler", "__version__"]
+__all__ = [
+    "FlowMoAutoencoder",
+    "FlowMoGenerationPipeline",
+    "FlowMoPipeline",
+    "FlowMoScheduler",
+    "FlowMoTokenGenerator",
+    "FlowMoTokenScheduler",
+    "__version__",
+]
 
 
 def __getattr__(name: str):

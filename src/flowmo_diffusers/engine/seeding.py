@@ -1,9 +1,13 @@
 """Random numbers that depend on where a run is, not on how it got there."""
 
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+
+
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 def keyed_generator(seed: int, purpose: str, index: int, device: str | torch.device = "cpu") -> torch.Generator:
@@ -18,3 +22,18 @@ def keyed_generator(seed: int, purpose: str, index: int, device: str | torch.dev
     """
     state = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), index]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state >> 1))
+
+
+def draw_uniform(shape: Sequence[int], generator: Generators, device: str | torch.device) -> torch.Tensor:
+    """
+    Uniform numbers in [0, 1), float32.
+
+    Args:
+        shape: (b, ...).
+        generator: One, or one for each of the b rows, whose numbers then do not depend on the batch they are in.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        source = device if generator is None else generator.device
+        return torch.rand(tuple(shape), generator=generator, device=source).to(device)
+    rows = [torch.rand(tuple(shape[1:]), generator=one, device=one.device) for one in generator]
+    return torch.stack(rows).to(device)

@@ -1,7 +1,6 @@
 """FlowMoAutoencoder: encoder, quantizer and velocity decoder of FlowMo (arXiv 2503.11056, section 3.1)."""
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,9 +14,10 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from flowmo_diffusers.models.loading import OwnCheckpointsOnly
+from flowmo_diffusers.engine.seeding import Generators
+from flowmo_diffusers.models.loading import WholeCheckpointsOnly
 from flowmo_diffusers.models.mmdit import FlowMoTrunk, patchify, unpatchify
-from flowmo_diffusers.models.quantizers import Generators, build_quantizer
+from flowmo_diffusers.models.quantizers import build_quantizer
 from flowmo_diffusers.models.rotary import scale_rope_axes
 
 
@@ -51,7 +51,7 @@ class FlowMoAutoencoderOutput(BaseOutput):
     quantizer_losses: dict[str, torch.Tensor] | None = None
 
 
-class FlowMoAutoencoder(OwnCheckpointsOnly, ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin):
+class FlowMoAutoencoder(WholeCheckpointsOnly, ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin):
     r"""
     A transformer diffusion autoencoder: images to a sequence of codes, and codes to the velocity of a rectified flow
     from noise to the image. The sampling loop lives in [`FlowMoPipeline`]. The defaults are FlowMo-Lo.
@@ -129,26 +129,6 @@ class FlowMoAutoencoder(OwnCheckpointsOnly, ModelMixin, AutoencoderMixin, Attent
             **trunk,
         )
         self.use_slicing = False
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "FlowMoAutoencoder":
-        """
-        As `ModelMixin.from_pretrained`, but from safetensors only (pickled weights run code when they are read) and
-        whole or not at all.
-
-        Raises:
-            ValueError: If it is the checkpoint of another model, or weights are missing, unknown or of other shapes.
-            OSError: If there is no model, or no safetensors weights.
-        """
-        if kwargs.get("use_safetensors") is False:
-            raise ValueError("use_safetensors=False is refused: weights are read from safetensors only")
-        with_info = kwargs.pop("output_loading_info", False)
-        kwargs |= {"use_safetensors": True, "output_loading_info": True}
-        model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        problems = {kind.removesuffix("_keys"): keys for kind, keys in info.items() if keys}
-        if problems:
-            raise ValueError(f"{pretrained_model_name_or_path} is not a checkpoint of this model: weights {problems}")
-        return (model, info) if with_info else model
 
     @property
     def bits_per_token(self) -> int:

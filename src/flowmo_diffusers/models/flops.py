@@ -45,6 +45,23 @@ def decoder_flops(config: Mapping[str, Any], height: int, width: int) -> int:
     return read_in + time + _blocks(layers, dim, config["mlp_ratio"], kept=patches, context=tokens) + read_out
 
 
+def generator_flops(config: Mapping[str, Any]) -> int:
+    """
+    FLOPs of one pass over all tokens of one image.
+
+    Args:
+        config: The `config` of a [`FlowMoTokenGenerator`].
+    """
+    tokens, dim, groups = config["num_tokens"], config["hidden_size"], config["token_groups"]
+    bits, hidden = groups * config["group_bits"], int(dim * config["mlp_ratio"])
+    mlp = _linear(tokens, dim, hidden) + _linear(tokens, hidden, dim)
+    block = _linear(tokens, dim, 4 * dim) + _attention(tokens, tokens, dim) + mlp
+    head = _linear(1, dim, 2 * dim) + _linear(tokens, dim, groups * 2 ** config["group_bits"])
+    if config["order"] == "autoregressive":
+        head += groups * (_linear(tokens, bits, dim) + 2 * _linear(tokens, dim, 2 * dim))
+    return _linear(tokens, bits, dim) + _linear(1, dim, 6 * dim) + config["num_layers"] * block + head
+
+
 def _blocks(layers: int, dim: int, mlp_ratio: float, kept: int, context: int) -> int:
     """All blocks of a trunk: both streams joined in attention; the last gives keys and values of the context only."""
     hidden, both = int(dim * mlp_ratio), kept + context

@@ -1,5 +1,6 @@
 """What this library's models and pipelines refuse to load."""
 
+import os
 from typing import Any
 
 
@@ -17,3 +18,27 @@ class OwnCheckpointsOnly:
         if name not in (base.__name__ for base in cls.__mro__):
             raise ValueError(f"this is the checkpoint of a {name}, not of a {cls.__name__}")
         return super().extract_init_dict(config_dict, **kwargs)
+
+
+class WholeCheckpointsOnly(OwnCheckpointsOnly):
+    """A mixin for models, to stand before diffusers' `ModelMixin`."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """
+        As `ModelMixin.from_pretrained`, but from safetensors only (pickled weights run code when they are read) and
+        whole or not at all.
+
+        Raises:
+            ValueError: If it is the checkpoint of another model, or weights are missing, unknown or of other shapes.
+            OSError: If there is no model, or no safetensors weights.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False is refused: weights are read from safetensors only")
+        with_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"use_safetensors": True, "output_loading_info": True}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        problems = {kind.removesuffix("_keys"): keys for kind, keys in info.items() if keys}
+        if problems:
+            raise ValueError(f"{pretrained_model_name_or_path} is not a checkpoint of this model: weights {problems}")
+        return (model, info) if with_info else model

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 
+from flowmo_diffusers.engine.seeding import Generators
+
 
 ENTROPY_TEMPERATURE = 0.1
 
 JointMean = Callable[[torch.Tensor], torch.Tensor]
-Generators = torch.Generator | list[torch.Generator] | None
 
 
 @dataclass

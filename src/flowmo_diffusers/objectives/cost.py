@@ -8,7 +8,7 @@ they are no part of the model, and small beside it.
 from collections.abc import Mapping
 from typing import Any
 
-from flowmo_diffusers.models.flops import decoder_flops, encoder_flops
+from flowmo_diffusers.models.flops import decoder_flops, encoder_flops, generator_flops
 
 
 def pretraining_flops(config: Mapping[str, Any], height: int, width: int, encoder_trained: bool = True) -> int:
@@ -40,3 +40,13 @@ def posttraining_flops(
     """
     passes = (1 + chain_steps) * decoder_flops(config, height, width)
     return encoder_flops(config, height, width) + (4 if recomputed else 3) * passes
+
+
+def generator_training_flops(config: Mapping[str, Any]) -> int:
+    """
+    Model FLOPs of training a token generator on the tokens of one image.
+
+    Args:
+        config: The `config` of a [`FlowMoTokenGenerator`].
+    """
+    return 3 * generator_flops(config)

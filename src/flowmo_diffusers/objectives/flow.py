@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from flowmo_diffusers.engine.seeding import draw_uniform
+
 
 def interpolate(x: torch.Tensor, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """x_t = t z + (1 - t) x, for images (b, c, h, w) and times (b,)."""
@@ -53,12 +55,7 @@ class FlowDraws:
     @classmethod
     def sample(cls, x: torch.Tensor, generators: list[torch.Generator], code_dropout: float = 0.1) -> "FlowDraws":
         """Draws for images `x`, one generator an image: an image's draws do not depend on the batch it is in."""
-        selector, uniform, keep = draw_uniform(3, generators, x.device).unbind(1)
+        selector, uniform, keep = draw_uniform((len(x), 3), generators, x.device).unbind(1)
         t = thick_tailed(randn_tensor(x.shape[:1], generators, x.device), selector, uniform)
         z = randn_tensor(x.shape, generators, x.device)
         return cls(z=z, t=t, code_mask=(keep > code_dropout).float())
-
-
-def draw_uniform(count: int, generators: list[torch.Generator], device: torch.device) -> torch.Tensor:
-    """(b, count) uniform numbers in [0, 1), a row a generator."""
-    return torch.stack([torch.rand(count, generator=g, device=g.device) for g in generators]).to(device)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from flowmo_diffusers.models.quantizers import Generators
-from flowmo_diffusers.objectives.flow import FlowDraws, draw_uniform, flow_loss, interpolate
+from flowmo_diffusers.engine.seeding import Generators, draw_uniform
+from flowmo_diffusers.objectives.flow import FlowDraws, flow_loss, interpolate
 from flowmo_diffusers.objectives.pretrain import LossWeights, Perceptual
 
 
@@ -42,7 +42,7 @@ class ChainDraws:
     def sample(cls, x: torch.Tensor, generators: list[torch.Generator], num_steps: int = 8) -> "ChainDraws":
         """Draws for images `x`, one generator an image."""
         z = randn_tensor(x.shape, generators, x.device)
-        return cls(z=z, times=chain_times(draw_uniform(num_steps + 1, generators, x.device)))
+        return cls(z=z, times=chain_times(draw_uniform((len(x), num_steps + 1), generators, x.device)))
 
 
 def sample_chain(model: torch.nn.Module, codes: torch.Tensor, draws: ChainDraws) -> torch.Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flowmo_diffusers.models.quantizers import Generators
+from flowmo_diffusers.engine.seeding import Generators
 from flowmo_diffusers.objectives.flow import FlowDraws, flow_loss, interpolate, one_step_estimate
 
 

@@ -1,0 +1,44 @@
+"""What all pipelines of this library share: how they are saved and loaded, and what they refuse."""
+
+import os
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import logging
+
+from flowmo_diffusers.engine.seeding import Generators
+from flowmo_diffusers.models.loading import OwnCheckpointsOnly
+from flowmo_diffusers.pipelines.registration import register_library
+
+
+register_library()
+
+logger = logging.get_logger(__name__)
+
+
+class SafePipeline(OwnCheckpointsOnly, DiffusionPipeline):
+    """Base of the pipelines: weights come from safetensors and go to safetensors."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "SafePipeline":
+        """
+        As [`DiffusionPipeline.from_pretrained`], but never from pickled weights, which run code when they are read.
+
+        Raises:
+            ValueError: If it is the checkpoint of another pipeline, or its weights are missing or of other shapes.
+            OSError: If there is no pipeline, or no safetensors weights.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False is refused: weights are read from safetensors only")
+        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+
+    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs) -> None:
+        """As [`DiffusionPipeline.save_pretrained`], but always to safetensors."""
+        if not safe_serialization:
+            logger.warning("safe_serialization=False is ignored: FlowMo's weights are written to safetensors only")
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def check_generator(generator: Generators, batch: int) -> None:
+    """Raises `ValueError` if it is a list of another length than the batch."""
+    if isinstance(generator, list) and len(generator) != batch:
+        raise ValueError(f"generator is a list of {len(generator)}; expected one for each of {batch} images")
