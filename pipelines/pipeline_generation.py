@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import PIL.Image
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
 from flowmo_diffusers.engine.seeding import Generators
@@ -188,8 +187,8 @@ class FlowMoGenerationPipeline(SafePipeline):
             generator: One generator, or one for each image, which makes a batch equal to its images one by one.
             output_type: "pil", "np", "pt" (in [0, 1]) or "latent" (a tensor in [-1, 1]).
             return_dict: Whether to return a [`FlowMoPipelineOutput`] or a tuple (images, indices).
-            callback_on_step_end: Called as `callback(pipe, i, timestep, kwargs)` after each step of the tokens; returns
-                a dict, whose `latents` (indices, -1 where masked), if any, take their place.
+            callback_on_step_end: Called as `callback(pipe, i, timestep, kwargs)` after each step of the tokens;
+                returns a dict, whose `latents` (indices, -1 where masked), if any, take their place.
             callback_on_step_end_tensor_inputs: Names of the tensors given to the callback.
 
         Raises:
@@ -298,9 +297,7 @@ class FlowMoGenerationPipeline(SafePipeline):
             return torch.full((batch, *shape), MASK)
         tokens = torch.as_tensor(tokens)
         if tokens.ndim != 3 or tuple(tokens.shape[1:]) != shape or len(tokens) not in (1, batch):
-            raise ValueError(
-                f"tokens have shape {tuple(tokens.shape)}; expected ({batch} or 1, {shape[0]}, {shape[1]})"
-            )
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected {(batch, *shape)} or {(1, *shape)}")
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise ValueError(f"tokens have dtype {tokens.dtype}; expected whole numbers (int64)")
         if tokens.min() < MASK or tokens.max() >= 2**config.group_bits:
@@ -349,8 +346,8 @@ def _check_fit(generator: FlowMoTokenGenerator, autoencoder: FlowMoAutoencoder) 
     here = (config.num_tokens, config.token_groups, config.group_bits)
     if there != here:
         raise ValueError(
-            f"generator is for {here[0]} tokens of {here[1]} groups of {here[2]} bits, the autoencoder has {there[0]} of "
-            f"{there[1]} of {there[2]}: it was trained on another tokenizer"
+            f"generator is for {here[0]} tokens of {here[1]} groups of {here[2]} bits, the autoencoder has {there[0]} "
+            f"of {there[1]} of {there[2]}: it was trained on another tokenizer"
         )
 
 

@@ -32,7 +32,7 @@ class FlowMoTokenGeneratorOutput(BaseOutput):
 
 
 def indices_to_bits(indices: torch.Tensor, group_bits: int) -> torch.Tensor:
-    """Indices (b, tokens, groups) to bits (b, tokens, groups, group_bits) in {-1, +1}, lowest first; 0 where masked."""
+    """Indices (b, tokens, groups) to bits (b, tokens, groups, group_bits), ±1, lowest first; 0 where masked."""
     bits = (indices[..., None] >> torch.arange(group_bits, device=indices.device)) & 1
     return torch.where(indices[..., None] == MASK, 0, 2 * bits - 1)
 
@@ -165,10 +165,7 @@ class FlowMoTokenHead(nn.Module):
         x = x[:, :, None] + self.own_bits(known.flatten(3))
         x = x + self.mlp(self.norm(x))
         x = modulate(self.norm(x), shift[:, None], scale[:, None])
-        weight, bias = (
-            self.linear.weight.unflatten(0, (self.groups, -1)),
-            self.linear.bias.unflatten(0, (self.groups, -1)),
-        )
+        weight, bias = (part.unflatten(0, (self.groups, -1)) for part in (self.linear.weight, self.linear.bias))
         return torch.einsum("bngd,gvd->bngv", x, weight) + bias
 
 
@@ -235,7 +232,7 @@ class FlowMoTokenGenerator(WholeCheckpointsOnly, ModelMixin, AttentionMixin, Con
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """Normal of 0.02, less where a block writes into the residual stream; norms do not depend on the class at first."""
+        """Normal of 0.02, less where a block adds to the stream; norms do not depend on the class at first."""
         nn.init.trunc_normal_(self.positions, std=INIT_STD)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -330,8 +327,8 @@ def _check_config(config: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={config[name]} must be at least 1")
     if not 1 <= config["group_bits"] <= 16:
         raise ValueError(
-            f"group_bits={config['group_bits']} must be from 1 to 16: a head has 2^group_bits values. Tokens in larger "
-            "groups of the tokenizer's can be regrouped by a smaller codebook_bits of it"
+            f"group_bits={config['group_bits']} must be from 1 to 16: a head has 2^group_bits values (a tokenizer of "
+            "larger groups needs a smaller codebook_bits)"
         )
     if config["num_classes"] < 0:
         raise ValueError(f"num_classes={config['num_classes']} must be at least 0")
@@ -344,6 +341,4 @@ def _check_config(config: Mapping[str, Any]) -> None:
         raise ValueError(f"order={config['order']!r} is unknown: it must be 'masked' or 'autoregressive'")
     names = config["id2label"]
     if names is not None and sorted(map(int, names)) != list(range(config["num_classes"])):
-        raise ValueError(
-            f"id2label has ids {sorted(map(int, names))[:5]}...; expected each of 0 to num_classes - 1 once"
-        )
+        raise ValueError(f"id2label has {len(names)} names; expected one for each id from 0 to num_classes - 1")

@@ -49,8 +49,8 @@ class FlowMoTokenScheduler(SchedulerMixin, ConfigMixin):
     Args:
         mask_schedule: "arccos", "cosine" or "linear"; see [`mask_ratio`].
         temperature: Of the distributions; 0 takes the likeliest value.
-        noise_temperature: Weight of the Gumbel noise at the first step. 0 reveals the most confident groups, more makes
-            their order more random.
+        noise_temperature: Weight of the Gumbel noise at the first step. 0 reveals the most confident groups, more
+            makes their order more random.
         noise_decay: "linear": the noise falls by 1 - (i + 1) / n, to none at the last step. "constant": it does not.
         guidance_schedule: How guidance grows from 1 (none) to its scale w over the steps, with r = (i + 1) / n:
             "constant" is w throughout, "linear" 1 + (w - 1) r, "cosine-power" 1 + (w - 1) (1 - cos(pi r^p)) / 2.
@@ -166,16 +166,12 @@ class FlowMoTokenScheduler(SchedulerMixin, ConfigMixin):
         masked = sample < 0
         if self._masked_at_first is None:
             self._masked_at_first = masked.flatten(1).sum(1)
-        r = torch.tensor((self._step_index + 1) / self.num_inference_steps, dtype=torch.float64)
-        ratio = (
-            mask_ratio(r, self.config.mask_schedule).item() if self._step_index + 1 < self.num_inference_steps else 0
-        )
+        r = (self._step_index + 1) / self.num_inference_steps
+        ratio = mask_ratio(torch.tensor(r, dtype=torch.float64), self.config.mask_schedule).item() if r < 1 else 0.0
         still_masked = torch.floor(self._masked_at_first * ratio).long()
 
         values, log_p = self.sample(model_output, generator)
-        noise_temperature = self.config.noise_temperature * (
-            1 - r.item() if self.config.noise_decay == "linear" else 1
-        )
+        noise_temperature = self.config.noise_temperature * (1 - r if self.config.noise_decay == "linear" else 1)
         uniform = draw_uniform(sample.shape, generator, sample.device)
         gumbel = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(uniform.dtype).tiny)))
         confidence = torch.where(masked, log_p + noise_temperature * gumbel, torch.inf)
