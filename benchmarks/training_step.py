@@ -20,6 +20,8 @@ from statistics import median
 
 import torch
 
+from flowmo_diffusers.engine.training import Trainer, start
+
 
 SCRIPT = Path(__file__).parents[1] / "training" / "train_flowmo.py"
 
@@ -64,13 +66,15 @@ def main() -> None:
     args = script.parse_args([*others, "--output_dir", "unused", "--dataset_name", "emoji", "--report_to", "none"])
 
     model_config = script.read_model_config(args)
-    accelerator = script.accelerator_for(args)
+    accelerator = start(args)
     side = args.resolution or model_config["sample_size"]
     images = torch.rand(args.train_batch_size, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    run, objective = script.build_run(args, accelerator, script.build_pipeline(args, model_config), images[:1], 1, {})
+    pipeline = script.build_pipeline(args, model_config)
+    task = script.TokenizerTraining(args, accelerator, pipeline, images, images[:1])
+    step = Trainer(task, args, accelerator, {}).step
 
-    step, watch = run.step, Stopwatch(accelerator.device)
-    objective = watch.timed("forward", objective)
+    watch = Stopwatch(accelerator.device)
+    objective = watch.timed("forward", task.losses)
     accelerator.backward = watch.timed("backward", accelerator.backward)
     step.optimizer.step = watch.timed("optimizer", step.optimizer.step)
     step.optimizer.zero_grad = watch.timed("zero_grad", step.optimizer.zero_grad)
@@ -96,7 +100,7 @@ def main() -> None:
 
     joint = args.train_batch_size * args.gradient_accumulation_steps
     place = f"{accelerator.device}, {torch.get_num_threads()} threads, mixed precision {accelerator.mixed_precision}"
-    print(f"{run.model.num_parameters() / 1e6:.0f} M parameters, {joint} images of {side} x {side}; {place}; ", end="")
+    print(f"{task.model.num_parameters() / 1e6:.0f} M parameters, {joint} images of {side} x {side}; {place}; ", end="")
     print(f"median of {own.steps} steps\n")
     print("| part | seconds | share |\n|---|---|---|")
     for name, seconds in sorted(rows.items(), key=lambda row: -row[1]):

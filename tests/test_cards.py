@@ -11,7 +11,14 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from flowmo_diffusers import FlowMoAutoencoder, FlowMoPipeline, FlowMoScheduler
+from flowmo_diffusers import (
+    FlowMoAutoencoder,
+    FlowMoGenerationPipeline,
+    FlowMoPipeline,
+    FlowMoScheduler,
+    FlowMoTokenGenerator,
+    FlowMoTokenScheduler,
+)
 from flowmo_diffusers.hub.cards import TrainingRun, write_model_card
 
 
@@ -216,3 +223,74 @@ def test_snippet_runs(tmp_path, monkeypatch, tiny_config, run, quantizer):
     assert PIL.Image.open("reconstruction.png").size == PIL.Image.open("decoded.png").size == (16, 16)
     if quantizer == "lfq":
         assert len(names["tokens"]) == 6 and "# 6 bytes" in snippet(path)
+
+
+@pytest.fixture
+def generation_pipeline(tiny_pipeline) -> FlowMoGenerationPipeline:
+    generator = FlowMoTokenGenerator(
+        num_tokens=8,
+        token_groups=2,
+        group_bits=3,
+        num_classes=3,
+        hidden_size=16,
+        num_layers=1,
+        num_attention_heads=2,
+        id2label={0: "cat, tabby", 1: "dog | wolf", 2: "bird"},
+    )
+    pipeline = FlowMoGenerationPipeline(generator, FlowMoTokenScheduler(), **tiny_pipeline.components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def generator_run(run) -> TrainingRun:
+    figures = {"val/token_loss": 4.5, "val/bits_per_bit": 0.8, "val/token_loss_at_0.5": 4.0, "val/fid": 12.5}
+    return replace(
+        run, stage="generator", base_model=None, tokenizer="anna/birds", figures=figures, num_inference_steps=None
+    )
+
+
+def test_generator_card(tmp_path, generation_pipeline, generator_run):
+    """A generator's card that tells of a tokenizer, or not of its classes, its tokens, its tokenizer or its losses."""
+    (tmp_path / "samples.png").touch()
+    path = write_model_card(tmp_path, generation_pipeline, generator_run, [tmp_path / "samples.png"])
+    card = ModelCard.load(path)
+    data = card.data.to_dict()
+    assert data["base_model"] == "anna/birds"
+    assert data["pipeline_tag"] == "unconditional-image-generation" and "class-conditional" in data["tags"]
+    (metric,) = data["model-index"][0]["results"][0]["metrics"]
+    assert (metric["type"], metric["value"]) == ("fid", 12.5)
+    parameters = sum(parameter.numel() for parameter in generation_pipeline.generator.parameters())
+    for fact in (
+        f"| parameters | {parameters:,}, beside ",
+        "| order | masked prediction",
+        "| transformer | 1 blocks of width 16, 2 heads |",
+        "| tokens | 8 tokens of 6 bits (6 bytes an image",
+        "| groups | 2 of 3 bits a token, each one of 8 values |",
+        "| classes | 3: `cat, tabby`, `dog \\| wolf`, `bird` |",
+        "| started from | random weights |",
+        "| tokenizer | `anna/birds` |",
+        "| token loss | 4.5 (nats a group",
+        "| bits per stored bit | 0.8 (",
+        "| token loss at masking ratio 0.5 | 4 (nats",
+        "![Generated images, a row for each class](samples.png)",
+        "Means over 128 images that were not trained on.\n",
+    ):
+        assert fact in card.text, fact
+    assert "reconstruct" not in card.text
+
+
+def test_generator_that_was_started_from_another(tmp_path, generation_pipeline, generator_run):
+    """A card that links the tokenizer or the first generator alone, where both are on the Hub."""
+    run = replace(generator_run, base_model="anna/birds-generator")
+    data = ModelCard.load(write_model_card(tmp_path, generation_pipeline, run)).data.to_dict()
+    assert data["base_model"] == ["anna/birds", "anna/birds-generator"]
+
+
+def test_generator_snippet_runs(tmp_path, monkeypatch, generation_pipeline, generator_run):
+    """Code on a generator's card that does not run as it stands, beside the folder."""
+    generation_pipeline.save_pretrained(tmp_path / "birds")
+    path = write_model_card(tmp_path / "birds", generation_pipeline, generator_run)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet(path), str(path), "exec"), {})
+    assert PIL.Image.open("generated.png").size == (16, 16)

@@ -31,9 +31,14 @@ def draw_uniform(shape: Sequence[int], generator: Generators, device: str | torc
     Args:
         shape: (b, ...).
         generator: One, or one for each of the b rows, whose numbers then do not depend on the batch they are in.
+
+    Raises:
+        ValueError: If it is a list of another length.
     """
     if generator is None or isinstance(generator, torch.Generator):
         source = device if generator is None else generator.device
         return torch.rand(tuple(shape), generator=generator, device=source).to(device)
+    if len(generator) != shape[0]:
+        raise ValueError(f"generator is a list of {len(generator)}; expected one for each of {shape[0]} rows")
     rows = [torch.rand(tuple(shape[1:]), generator=one, device=one.device) for one in generator]
     return torch.stack(rows).to(device)
