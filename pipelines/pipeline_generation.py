@@ -295,17 +295,19 @@ class FlowMoGenerationPipeline(SafePipeline):
         shape = (config.num_tokens, config.token_groups)
         if tokens is None:
             return torch.full((batch, *shape), MASK)
-        tokens = torch.as_tensor(tokens)
+        # Copied, because torch warns of arrays that cannot be written to.
+        tokens = torch.tensor(tokens) if isinstance(tokens, np.ndarray) else tokens
         if tokens.ndim != 3 or tuple(tokens.shape[1:]) != shape or len(tokens) not in (1, batch):
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected {(batch, *shape)} or {(1, *shape)}")
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise ValueError(f"tokens have dtype {tokens.dtype}; expected whole numbers (int64)")
+        tokens = tokens.long()  # unsigned types compare otherwise, or not at all
         if tokens.min() < MASK or tokens.max() >= 2**config.group_bits:
             raise ValueError(
                 f"tokens range from {tokens.min()} to {tokens.max()}; expected [0, {2**config.group_bits}), or -1 for "
                 "those to be generated"
             )
-        return tokens.long().expand(batch, -1, -1)
+        return tokens.expand(batch, -1, -1)
 
     def _class_id(self, label: ClassLabel) -> int:
         config = self.generator.config

@@ -368,3 +368,28 @@ def test_buffer_is_the_sources(tmp_path, cache):
     windowed = ShuffledImages(source, ImageTransform(8), seed=3, shuffle_buffer=16)
     windowed[0]
     assert np.array_equal(windowed._order, source.order(3, 0, 16))
+
+
+def test_labels_are_the_field_cls(tmp_path, cache):
+    """Found by the sample's key, whatever the order; missing ones are -1, and words are sorted names."""
+    members = {f"x/{i}.png": encoded(i) for i in range(3)}
+    (tmp_path / "a.tar").write_bytes(tar_of({"x/2.cls": b"4\n", **members, "x/0.cls": b"1"}))
+    (tmp_path / "b.tar").write_bytes(tar_of({**members, "x/1.cls": b"0", "x/1.word": b"dog", "x/2.word": b"cat"}))
+    images = TarImages([tmp_path / "a.tar", tmp_path / "b.tar"], cache_dir=cache)
+    labels = images.labels()
+    assert (labels.ids.tolist(), labels.names) == ([1, -1, 4, -1, 0, -1], None)
+    assert images.select([4, 0]).labels().ids.tolist() == [0, 1]
+    words = images.labels("word")
+    assert (words.ids.tolist(), words.names) == ([-1, -1, -1, -1, 1, 0], ["cat", "dog"])
+    with pytest.raises(ValueError, match="label_column='kind' .*does not exist"):
+        images.labels("kind")
+
+
+def test_labels_are_the_folders_where_there_are_several(tmp_path, cache):
+    """Tars inside a tar are folders too, as in ImageNet's training set; one folder alone is no class."""
+    inner = {name: tar_of({f"{name}_{i}.png": encoded(i) for i in range(2)}) for name in ("n2", "n1")}
+    (tmp_path / "outer.tar").write_bytes(tar_of({f"{name}.tar": content for name, content in inner.items()}))
+    labels = TarImages([tmp_path / "outer.tar"], cache_dir=cache).labels()
+    assert (labels.ids.tolist(), labels.names) == ([1, 1, 0, 0], ["n1", "n2"])
+    (tmp_path / "one.tar").write_bytes(tar_of({f"x/{i}.png": encoded(i) for i in range(2)}))
+    assert TarImages([tmp_path / "one.tar"], cache_dir=cache).labels() is None

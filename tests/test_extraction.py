@@ -9,10 +9,11 @@ import torch
 from accelerate import Accelerator
 from processes import on_processes, own_accelerators
 
+from flowmo_diffusers.data.measuring import describe_bad, measure_images
 from flowmo_diffusers.data.sources import FolderImages
 from flowmo_diffusers.data.transforms import ImageTransform
 from flowmo_diffusers.engine.chunks import Chunks
-from flowmo_diffusers.metrics.extraction import describe_bad, image_features, measure_images, moments
+from flowmo_diffusers.metrics.extraction import image_features, moments
 from flowmo_diffusers.metrics.features import FeatureNetwork
 
 

@@ -2,7 +2,8 @@
 """
 The demo of `make demo`, all on what the package embeds: the starter tokenizer reconstructs images it never saw, then
 the training script pre-trains and post-trains a tokenizer for a few minutes, and the same images are reconstructed
-after each stage. Writes `demo.png` and `metrics.json`.
+after each stage. The starter generator samples each class, and a generator is trained for a minute on the starter's
+tokens. Writes `demo.png`, `generated.png` and `metrics.json`.
 """
 
 import argparse
@@ -15,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-from flowmo_diffusers import FlowMoAutoencoder, FlowMoPipeline
+from flowmo_diffusers import FlowMoAutoencoder, FlowMoGenerationPipeline, FlowMoPipeline
 from flowmo_diffusers.assets import asset_path
 from flowmo_diffusers.data.images import EMBEDDED_DATASET, load_images, stack_images
 from flowmo_diffusers.engine.files import atomic_file
+from flowmo_diffusers.metrics.class_samples import class_samples
 from flowmo_diffusers.metrics.pictures import labelled_rows
 from flowmo_diffusers.metrics.reconstruction import psnr
 from flowmo_diffusers.objectives.perceptual import load_perceptual_network
@@ -28,9 +30,11 @@ HERE = Path(__file__).parent
 NUM_IMAGES = 128
 # A few minutes of each stage on 2 CPU cores, with an EMA to match; without these the preset's own, full lengths hold.
 SHORT = {
-    "pretrain": {"max_train_steps": 450, "ema_decay": 0.98},
-    "posttrain": {"max_train_steps": 60, "ema_decay": 0.9},
+    "pretrain": {"max_train_steps": 300, "ema_decay": 0.98},
+    "posttrain": {"max_train_steps": 40, "ema_decay": 0.9},
+    "generator": {"max_train_steps": 80, "lr_warmup_steps": 20, "ema_decay": 0.9, "num_inference_steps": 16},
 }
+SAMPLING = {"num_inference_steps": 64, "guidance_scale": 2.0, "decoder_num_inference_steps": 8}
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,15 +50,53 @@ def precision() -> str:
     return "bf16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
 
 
-def train(stage: str, output_dir: Path, *options: str) -> float:
-    """Runs the real training script by `accelerate launch` and returns its seconds."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
-    command += [str(HERE / "train_flowmo.py")]
-    command += ["--config", str(HERE / "configs" / "starter.yaml"), "--stage", stage, "--output_dir", str(output_dir)]
-    command += ["--mixed_precision", precision()]  # over the preset's
+def run_script(name: str, *options: str | Path) -> float:
+    """Runs one of the real scripts by `accelerate launch` and returns its seconds."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", str(HERE / name)]
     started = time.perf_counter()
-    subprocess.run([*command, *options], check=True)
+    subprocess.run([*command, *map(str, options)], check=True)
     return time.perf_counter() - started
+
+
+def train(stage: str, output_dir: Path, *options: str) -> float:
+    """Trains a tokenizer by the starter's preset."""
+    preset = ("--config", HERE / "configs" / "starter.yaml", "--mixed_precision", precision())  # over the preset's
+    return run_script("train_flowmo.py", *preset, "--stage", stage, "--output_dir", output_dir, *options)
+
+
+def generate(starter: Path, output_dir: Path, from_scratch: bool) -> dict:
+    """
+    Samples of each class by the starter generator; then the tokens of the embedded images, and a generator trained on
+    them for a minute.
+    """
+    tokenizer = FlowMoPipeline.from_pretrained(starter)
+    pipeline = FlowMoGenerationPipeline.from_pretrained(asset_path("starter_generator"), **tokenizer.components)
+    started = time.perf_counter()
+    picture = class_samples(pipeline, **SAMPLING)
+    figures = {"sampling_seconds": time.perf_counter() - started}
+    with atomic_file(output_dir / "generated.png") as path:
+        picture.save(path, format="PNG")
+
+    tokens, trained = output_dir / "tokens", output_dir / "generator"
+    if not from_scratch:
+        shutil.rmtree(tokens, ignore_errors=True)
+        shutil.rmtree(trained, ignore_errors=True)
+    source = ("--pretrained_model_name_or_path", starter, "--dataset", EMBEDDED_DATASET, "--split", "train", "--flip")
+    figures["tokenizing_seconds"] = run_script("tokenize_images.py", *source, "--output_dir", tokens)
+    preset = ("--config", HERE / "configs" / "generator" / "starter.yaml", "--tokenizer", starter)
+    options = steps("generator", from_scratch)
+    data = ("--train_tokens_dir", tokens, "--output_dir", trained)
+    figures["train_seconds"] = run_script("train_generator.py", *preset, *data, *options)
+    record = json.loads((trained / "metrics.json").read_text())
+    return figures | {name: record[name] for name in ("steps", "val/token_loss", "val/bits_per_bit")}
+
+
+def steps(stage: str, from_scratch: bool) -> list[str]:
+    """Options of a short run, or of one to the preset's end that goes on where it was left."""
+    if from_scratch:
+        return ["--resume_from_checkpoint", "latest"]
+    short = SHORT[stage] | {"validation_steps": 0, "checkpointing_steps": 100_000}
+    return [part for name, value in short.items() for part in (f"--{name}", str(value))]
 
 
 def reconstruct(folder: Path, images: torch.Tensor, perceptual: torch.nn.Module) -> tuple[torch.Tensor, dict]:
@@ -108,17 +150,11 @@ def main() -> None:
         shutil.rmtree(pretrained, ignore_errors=True)
         shutil.rmtree(posttrained, ignore_errors=True)
 
-    def steps(stage: str) -> list[str]:
-        if args.from_scratch:
-            return ["--resume_from_checkpoint", "latest"]
-        short = SHORT[stage] | {"validation_steps": 0, "checkpointing_steps": 100_000}
-        return [part for name, value in short.items() for part in (f"--{name}", str(value))]
-
     length = "full" if args.from_scratch else "a few minutes of"
-    seconds = train("pretrain", pretrained, *steps("pretrain"))
+    seconds = train("pretrain", pretrained, *steps("pretrain", args.from_scratch))
     add(f"{length} pre-training", pretrained, train_seconds=seconds)
     start = ["--pretrained_model_name_or_path", str(pretrained)]
-    seconds = train("posttrain", posttrained, *start, *steps("posttrain"))
+    seconds = train("posttrain", posttrained, *start, *steps("posttrain", args.from_scratch))
     add(f"{length} pre- and post-training", posttrained, train_seconds=seconds)
 
     picture = labelled_rows(
@@ -131,10 +167,12 @@ def main() -> None:
     )
     with atomic_file(args.output_dir / "demo.png") as path:
         picture.save(path, format="PNG")
+    metrics["generator"] = generate(starter, args.output_dir, args.from_scratch)
     with atomic_file(args.output_dir / "metrics.json") as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n")
     print(f"painting each image in its mean colour would give {metrics['mean colour']['psnr']:.1f} dB")
-    print(f"written to {args.output_dir / 'demo.png'} and {args.output_dir / 'metrics.json'}")
+    print("generator: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics["generator"].items()))
+    print(f"written to {args.output_dir}: demo.png, generated.png, metrics.json")
 
 
 if __name__ == "__main__":

@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
 
 from flowmo_diffusers.data.arrays import ArrayImages, write_npz
 from flowmo_diffusers.data.images import load_dataset_images
+from flowmo_diffusers.data.measuring import describe_bad
 from flowmo_diffusers.data.sources import ImageSource
 from flowmo_diffusers.data.transforms import ImageTransform
 from flowmo_diffusers.engine.chunks import Chunks
 from flowmo_diffusers.engine.files import atomic_file, remove_partial
 from flowmo_diffusers.engine.launch import build_accelerator
 from flowmo_diffusers.engine.options import parse_with_config
-from flowmo_diffusers.metrics.extraction import describe_bad, image_features
+from flowmo_diffusers.metrics.extraction import image_features
 from flowmo_diffusers.metrics.features import INCEPTION_INPUTS, FeatureNetwork
 from flowmo_diffusers.metrics.generation import METRICS, Reference, generation_metrics
 from flowmo_diffusers.metrics.image_sets import SameSize, StoredSamples, common_size, first_size, pixel_arrays
@@ -43,6 +43,7 @@ from flowmo_diffusers.metrics.protocol import Protocol
 from flowmo_diffusers.metrics.report import environment, markdown_table, write_json
 from flowmo_diffusers.metrics.sampling import PipelineSampler, sample_npz
 from flowmo_diffusers.metrics.statistics import array_names, read_statistics, write_statistics
+from flowmo_diffusers.pipelines.loading import load_pipeline
 
 
 logger = logging.getLogger("evaluate_generation")
@@ -135,7 +136,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 def build_sampler(args: argparse.Namespace, device: torch.device) -> PipelineSampler:
     """Raises `OSError` and `ValueError` as `from_pretrained` and [`PipelineSampler`]."""
-    pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=DTYPES[args.dtype])
+    pipeline = load_pipeline(args.pretrained_model_name_or_path, dtype=DTYPES[args.dtype])
     pipeline.set_progress_bar_config(disable=True)
     labels = range(args.num_classes) if args.num_classes else args.class_labels
     return PipelineSampler(pipeline.to(device), args.seed, labels, args.pipeline_kwargs)

@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 
 from flowmo_diffusers import FlowMoPipeline, FlowMoScheduler
+from flowmo_diffusers.data.measuring import describe_bad, measure_images
 from flowmo_diffusers.data.sources import ImageSource
 from flowmo_diffusers.data.transforms import ImageTransform
 from flowmo_diffusers.engine.chunks import Chunks
@@ -33,7 +34,7 @@ from flowmo_diffusers.engine.options import parse_with_config
 from flowmo_diffusers.metrics.baselines import load_baseline
 from flowmo_diffusers.metrics.codecs import CODECS
 from flowmo_diffusers.metrics.evaluation import ReconstructionEvaluation, code_figures
-from flowmo_diffusers.metrics.extraction import describe_bad, image_features, measure_images
+from flowmo_diffusers.metrics.extraction import image_features
 from flowmo_diffusers.metrics.options import (
     DTYPES,
     add_crop_options,

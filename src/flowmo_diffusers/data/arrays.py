@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import PIL.Image
 
-from flowmo_diffusers.data.sources import ImageSource, file_state
+from flowmo_diffusers.data.sources import ImageSource, Labels, check_no_column, file_state
 from flowmo_diffusers.engine.files import atomic_file
 
 
@@ -69,6 +69,21 @@ class ArrayImages(ImageSource):
 
     def _identity(self, row: int) -> str:
         return f"{self._path.name} {self._state} {row}"
+
+    def _labels(self, label_column: str) -> Labels | None:
+        name = _LABELS if label_column == "label" else label_column
+        arrays = {}
+        if self._path.suffix == ".npz":
+            with np.load(self._path, allow_pickle=False) as archive:
+                arrays = {key: archive[key] for key in {name} & set(archive.files)}
+        if name not in arrays:
+            check_no_column(label_column, f"{self._path} holds no such array")
+            return None
+        ids = arrays[name]
+        if ids.shape != self._map["shape"][:1] or not np.issubdtype(ids.dtype, np.integer):
+            expected = f"({self._map['shape'][0]},) of whole numbers"
+            raise ValueError(f"{name} in {self._path} must be classes {expected}, not {ids.shape} of {ids.dtype}")
+        return Labels(ids.astype(np.int64))
 
 
 def _locate(path: Path, cache_dir: Path) -> tuple[Path, int]:

@@ -14,7 +14,7 @@ from flowmo_diffusers.assets import asset_path
 from flowmo_diffusers.data.arrays import ArrayImages
 from flowmo_diffusers.data.decoding import BadImage
 from flowmo_diffusers.data.files import find_files
-from flowmo_diffusers.data.sources import DatasetImages, FileImages, FolderImages, ImageSource
+from flowmo_diffusers.data.sources import DatasetImages, FileImages, FolderImages, ImageSource, Numbered
 from flowmo_diffusers.data.streams import ImageStream
 from flowmo_diffusers.data.tars import TarImages
 from flowmo_diffusers.data.transforms import ImageTransform
@@ -212,14 +212,14 @@ def _embedded_files() -> dict[str, list[str]]:
     return {split: [str(asset_path("emoji", f"{split}.parquet"))] for split in ("train", "test")}
 
 
-Images = TypeVar("Images", ImageSource, ImageStream)
+Images = TypeVar("Images", bound=Numbered | ImageStream)
 
 
 def hold_out(
     found: Mapping[str, Images], split: str, validation_split: str | None, count: int
-) -> tuple[Images, ImageSource]:
+) -> tuple[Images, Numbered]:
     """
-    The training images and `count` held-out ones, none of which is trained on.
+    The training images, or tokens, and `count` held-out ones, none of which is trained on.
 
     Held-out images come from `validation_split`, by default "validation" or "test" where there is one, else from the
     training split, which is shortened by them. They are spread evenly, or the first ones of a stream.

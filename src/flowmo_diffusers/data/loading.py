@@ -1,4 +1,4 @@
-"""Training images without end: which is seen when, in batches, by any number of processes and workers."""
+"""Training images or tokens without end: which is seen when, in batches, by any number of processes and workers."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
 
 from flowmo_diffusers.data.decoding import BadImage
-from flowmo_diffusers.data.sources import ImageSource
+from flowmo_diffusers.data.sources import ImageSource, Numbered
 from flowmo_diffusers.data.streams import ImageStream
 from flowmo_diffusers.data.transforms import ImageTransform
 from flowmo_diffusers.engine.seeding import keyed_generator
@@ -21,35 +21,26 @@ logger = logging.getLogger(__name__)
 MAX_FAILURES = 100
 
 
-class ShuffledImages(Dataset):
+class Shuffled(Dataset):
     """
-    Endless training order over a source: item v is the v-th image ever visited. Visits v = e n ... (e + 1) n - 1 are
-    one epoch, each image once, in an order drawn from (seed, e); crop and flip are drawn from (seed, v). What visit v
-    shows is thus a function of seed and v alone, whatever the number of workers or processes.
-
-    An item is {"images": (3, resolution, resolution) in [-1, 1], "visits": v, "bad": [(name, reason), ...]}. In place
-    of a bad image another one is shown, drawn from (seed, v), and the bad one is reported.
+    Endless training order over numbered things: item v is the v-th ever visited. Visits v = e n ... (e + 1) n - 1 are
+    one epoch, each thing once, in an order drawn from (seed, e). What visit v shows is a function of seed and v alone,
+    whatever the number of workers or processes.
 
     Args:
-        source: Images.
-        transform: See [`ImageTransform`].
-        seed: Of order, crop and flip, not negative.
-        shuffle_buffer: See [`ImageSource.order`]; the source's own by default. As many as there are images is any
-            order.
+        source: Images, or tokens.
+        seed: Not negative.
+        shuffle_buffer: See [`Numbered.order`]; the source's own by default. As many as there are is any order.
 
     Raises:
-        ValueError: If there are no images or the buffer is not at least 1.
-        OSError: (from an item) If MAX_FAILURES images in a row are bad.
+        ValueError: If there is nothing or the buffer is not at least 1.
     """
 
-    def __init__(
-        self, source: ImageSource, transform: ImageTransform, seed: int = 0, shuffle_buffer: int | None = None
-    ):
+    def __init__(self, source: Numbered, seed: int = 0, shuffle_buffer: int | None = None):
         if len(source) == 0:
             raise ValueError("the dataset is empty")
         _check_buffer(shuffle_buffer)
         self.source = source
-        self.transform = transform
         self.seed = seed
         self.shuffle_buffer = source.shuffle_buffer if shuffle_buffer is None else shuffle_buffer
         self._epoch = None
@@ -58,12 +49,41 @@ class ShuffledImages(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, visit: int) -> dict:
+    def number(self, visit: int) -> int:
+        """Of what a visit shows."""
         epoch, position = divmod(visit, len(self.source))
         if epoch != self._epoch:
             self._order = self.source.order(self.seed, epoch, self.shuffle_buffer)
             self._epoch = epoch
-        index, bad = int(self._order[position]), []
+        return int(self._order[position])
+
+
+class ShuffledImages(Shuffled):
+    """
+    Endless training order over a source of images, see [`Shuffled`]; crop and flip are drawn from (seed, v).
+
+    An item is {"images": (3, resolution, resolution) in [-1, 1], "visits": v, "bad": [(name, reason), ...]}. In place
+    of a bad image another one is shown, drawn from (seed, v), and the bad one is reported.
+
+    Args:
+        source: Images.
+        transform: See [`ImageTransform`].
+        seed: Of order, crop and flip, not negative.
+        shuffle_buffer: See [`Shuffled`].
+
+    Raises:
+        ValueError: As [`Shuffled`].
+        OSError: (from an item) If MAX_FAILURES images in a row are bad.
+    """
+
+    def __init__(
+        self, source: ImageSource, transform: ImageTransform, seed: int = 0, shuffle_buffer: int | None = None
+    ):
+        super().__init__(source, seed, shuffle_buffer)
+        self.transform = transform
+
+    def __getitem__(self, visit: int) -> dict:
+        index, bad = self.number(visit), []
         others = None
         while True:
             try:
@@ -159,7 +179,7 @@ def _listed(bad: Iterable[tuple[str, str]]) -> str:
 
 
 def image_batches(
-    images: ShuffledImages | StreamedImages,
+    images: Shuffled | StreamedImages,
     batch_size: int,
     first: int,
     last: int,
@@ -169,14 +189,14 @@ def image_batches(
 ) -> DataLoader:
     """
     One process's batches of number first ... last - 1: {"images": (batch_size, 3, resolution, resolution) in [-1, 1],
-    "visits": (batch_size,) int64, "bad": [(name, reason), ...]}.
+    "visits": (batch_size,) int64, "bad": [(name, reason), ...]}, or whatever else the items have, stacked.
 
     Batch n of process p has the visits that follow on (n num_processes + p) batch_size. So all processes together see
     what a single one with the joint batch sees (of a stream: one with as many readers), and a run continues where it
     was by its number of batches.
 
     Args:
-        images: See [`ShuffledImages`] and [`StreamedImages`]. Of a stream, every worker is a reader.
+        images: See [`Shuffled`] and [`StreamedImages`]. Of a stream, every worker is a reader.
         num_workers: Worker processes, each with one thread; 0 loads in this process.
     """
     options = {
@@ -187,7 +207,7 @@ def image_batches(
         # Else it would draw from the global generator, once more with each resume.
         "generator": torch.Generator(),
     }
-    if isinstance(images, ShuffledImages):
+    if isinstance(images, Shuffled):
         batches = _Batches(batch_size, first, last, process_index, num_processes)
         return DataLoader(images, batch_sampler=batches, **options)
     shards, readers = images.stream.num_shards, num_processes * max(num_workers, 1)
@@ -243,11 +263,9 @@ class _StreamBatches(IterableDataset):
 
 
 def _collate(items: list[dict]) -> dict:
-    return {
-        "images": default_collate([item["images"] for item in items]),
-        "visits": torch.tensor([item["visits"] for item in items]),
-        "bad": [bad for item in items for bad in item["bad"]],
-    }
+    names = [name for name in items[0] if name != "bad"]
+    stacked = {name: default_collate([item[name] for item in items]) for name in names}
+    return stacked | {"bad": [bad for item in items for bad in item["bad"]]}
 
 
 class BadImages:

@@ -26,30 +26,46 @@ class NumberedBatch:
     bad: list[tuple[str, str]] = field(default_factory=list)
 
 
-class _NumberedImages(Dataset):
+class NumberedImages(Dataset):
+    """
+    The images of a source as tensors.
+
+    Args:
+        source: Images.
+        transform: Without anything random.
+    """
+
     def __init__(self, source: ImageSource, transform: ImageTransform):
         self.source = source
         self.transform = transform
 
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def pixels(self, number: int) -> torch.Tensor:
+        """(3, h, w) in [-1, 1]. Raises [`BadImage`] if it cannot be used."""
+        return self.transform(self.source[number])
+
+    def name(self, number: int) -> str:
+        """Where a person finds it."""
+        return self.source.name(number)
+
     def __getitem__(self, number: int) -> tuple[int, torch.Tensor | None, tuple[str, str] | None]:
         try:
-            return number, self.transform(self.source[number]), None
+            return number, self.pixels(number), None
         except BadImage as error:
-            return number, None, (self.source.name(number), str(error))
+            return number, None, (self.name(number), str(error))
 
 
-def numbered_batches(
-    source: ImageSource, transform: ImageTransform, batches: Sequence[Sequence[int]], num_workers: int = 0
-) -> DataLoader:
+def numbered_batches(images: NumberedImages, batches: Sequence[Sequence[int]], num_workers: int = 0) -> DataLoader:
     """
     Loads the images of these numbers: one [`NumberedBatch`] for each sequence.
 
     Args:
-        transform: Without anything random.
         num_workers: Worker processes, each with one thread; 0 loads in this process.
     """
     return DataLoader(
-        _NumberedImages(source, transform),
+        images,
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_collate,

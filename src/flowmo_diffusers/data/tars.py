@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flowmo_diffusers.data.decoding import IMAGE_EXTENSIONS, BadImage
-from flowmo_diffusers.data.sources import ImageSource, file_state
+from flowmo_diffusers.data.sources import ImageSource, Labels, check_no_column, file_state
 from flowmo_diffusers.engine.files import atomic_file
 
 
@@ -51,14 +51,11 @@ class TarImages(ImageSource):
     shuffle_buffer = 10_000
 
     def __init__(self, shards: Sequence[str | Path], image_column: str = "image", cache_dir: str | Path | None = None):
-        cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "tar_members"
+        self._cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "tar_members"
         self._shards = [Path(shard) for shard in shards]
         self._root = os.path.dirname(os.path.commonprefix([str(shard) for shard in self._shards]))
         self._states = [file_state(shard) for shard in self._shards]
-        tables = [tar_members(shard, cache) for shard in self._shards]
-        numbers = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-        members = pa.concat_tables(table.replace_schema_metadata() for table in tables)
-        images = _choose_images(members.append_column("shard", pa.array(numbers)), image_column)
+        images = _choose_images(self._members(), image_column)
         if len(images) == 0:
             raise FileNotFoundError(f"there are no images in {', '.join(map(str, self._shards[:5]))}")
         self._names = images["name"].combine_chunks()
@@ -66,8 +63,20 @@ class TarImages(ImageSource):
         self._open: dict[int, BinaryIO] = {}
         super().__init__(len(images))
 
+    def _members(self) -> pa.Table:
+        """Of all shards: name, offset, size, number of the shard, and key and field of the sample."""
+        tables = [tar_members(shard, self._cache) for shard in self._shards]
+        numbers = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+        members = pa.concat_tables(table.replace_schema_metadata() for table in tables)
+        parts = pc.extract_regex(members["name"], r"^(?P<key>(?:.*/)?[^./][^./]*)\.(?P<field>[^/]+)$")
+        field = pc.utf8_lower(pc.struct_field(parts, "field"))
+        members = members.append_column("shard", pa.array(numbers))
+        return members.append_column("key", pc.struct_field(parts, "key")).append_column("field", field)
+
     def _read(self, row: int) -> bytes:
-        shard, offset, size = self._places[row].tolist()
+        return self._content(*self._places[row].tolist())
+
+    def _content(self, shard: int, offset: int, size: int) -> bytes:
         file = self._file(shard)
         try:
             # A file opened before a fork is shared with other processes, its position too; this leaves that alone.
@@ -81,6 +90,28 @@ class TarImages(ImageSource):
     def _identity(self, row: int) -> str:
         shard, offset, size = self._places[row].tolist()
         return f"{self._name(row).removeprefix(self._root)} {offset} {size} {self._states[shard]}"
+
+    def _labels(self, label_column: str) -> Labels | None:
+        wanted = "cls" if label_column == "label" else label_column.lower()
+        members = self._members()
+        stored = members.filter(pc.equal(members["field"], wanted)).select(["shard", "key", "offset", "size"])
+        if len(stored) == 0:
+            check_no_column(label_column, "the samples of the tar files have no such field")
+            return self._folder_labels()
+        columns = (stored[name].to_pylist() for name in ("shard", "key", "offset", "size"))
+        places = {place[:2]: (place[0], *place[2:]) for place in zip(*columns, strict=True)}
+        keys = zip(self._places[:, 0].tolist(), map(_key, self._names.to_pylist()), strict=True)
+        found = [places.get(key) for key in keys]
+        texts = [None if place is None else self._content(*place).decode().strip() for place in found]
+        try:
+            return Labels(np.array([-1 if text is None else int(text) for text in texts], np.int64))
+        except ValueError:
+            return Labels.of_names(texts)
+
+    def _folder_labels(self) -> Labels | None:
+        """By the folder, or the tar inside the tar, that each image is in, if there are several."""
+        folders = [os.path.basename(os.path.dirname(name)).removesuffix(".tar") for name in self._names.to_pylist()]
+        return Labels.of_names([name or None for name in folders]) if len(set(folders)) > 1 else None
 
     def _file(self, shard: int) -> BinaryIO:
         if shard not in self._open:
@@ -96,12 +127,15 @@ class TarImages(ImageSource):
         return self.__dict__ | {"_open": {}}
 
 
+def _key(name: str) -> str:
+    """Of the sample that an image belongs to."""
+    folder, separator, file = name.rpartition("/")
+    return folder + separator + file.partition(".")[0]
+
+
 def _choose_images(members: pa.Table, image_column: str) -> pa.Table:
-    parts = pc.extract_regex(members["name"], r"^(?P<key>(?:.*/)?[^./][^./]*)\.(?P<field>[^/]+)$")
-    field = pc.utf8_lower(pc.struct_field(parts, "field"))
-    members = members.append_column("key", pc.struct_field(parts, "key")).append_column("field", field)
     extensions = pa.array(extension[1:] for extension in sorted(IMAGE_EXTENSIONS))
-    images = members.filter(pc.is_in(pc.replace_substring_regex(field, r"^.*\.", ""), extensions))
+    images = members.filter(pc.is_in(pc.replace_substring_regex(members["field"], r"^.*\.", ""), extensions))
 
     fields = sorted(pc.unique(images["field"]).to_pylist())
     chosen = [name for name in fields if fnmatchcase(name, image_column.lower())]

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
+from flowmo_diffusers.data.measuring import Rows
 from flowmo_diffusers.engine.chunks import Chunks
 from flowmo_diffusers.engine.digests import module_digest
 from flowmo_diffusers.metrics.codebook import codebook_health
-from flowmo_diffusers.metrics.extraction import Rows, moments
+from flowmo_diffusers.metrics.extraction import moments
 from flowmo_diffusers.metrics.features import FeatureNetwork
 from flowmo_diffusers.metrics.frechet import frechet_distance
 from flowmo_diffusers.metrics.manifold import precision_recall

@@ -138,7 +138,7 @@ class FlowMoAutoencoder(WholeCheckpointsOnly, ModelMixin, AutoencoderMixin, Atte
     @property
     def bytes_per_image(self) -> int:
         """Length of one image's [`~FlowMoAutoencoder.pack_codes`]."""
-        return (self.config.num_latent_tokens * self.bits_per_token + 7) // 8
+        return self._discrete("bytes_per_image").packed_bytes(self.config.num_latent_tokens)
 
     def block_weights(self) -> list[nn.Parameter]:
         """The weight matrices of the blocks, whose norms training holds at their initial values (section 3.1)."""
@@ -247,9 +247,7 @@ class FlowMoAutoencoder(WholeCheckpointsOnly, ModelMixin, AutoencoderMixin, Atte
         """
         quantizer = self._discrete("pack_codes")
         self._check_codes(codes)
-        shifts = torch.arange(quantizer.bits_per_channel - 1, -1, -1, device=codes.device)
-        bits = (quantizer.codes_to_levels(codes)[..., None] >> shifts) & 1
-        return [row.tobytes() for row in np.packbits(bits.flatten(1).to(torch.uint8).cpu().numpy(), axis=1)]
+        return [row.tobytes() for row in quantizer.pack(codes).cpu().numpy()]
 
     def unpack_codes(self, packed: bytes | Sequence[bytes]) -> torch.Tensor:
         """
@@ -266,13 +264,10 @@ class FlowMoAutoencoder(WholeCheckpointsOnly, ModelMixin, AutoencoderMixin, Atte
                 raise ValueError(f"packed image {position} has {len(row)} bytes; expected {self.bytes_per_image}")
         count = self.config.num_latent_tokens * self.bits_per_token
         buffer = np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), self.bytes_per_image)
-        bits = np.unpackbits(buffer, axis=1)
-        if bits[:, count:].any():
+        if np.any(buffer[:, -1] & ((1 << -count % 8) - 1)):
             raise ValueError(f"packed codes have bits set behind the last of {count} bits: not this model's codes")
-        shifts = torch.arange(quantizer.bits_per_channel - 1, -1, -1)
-        shape = (len(rows), self.config.num_latent_tokens, quantizer.channels, quantizer.bits_per_channel)
-        levels = (torch.from_numpy(bits[:, :count]).long().reshape(shape) << shifts).sum(-1)
-        return quantizer.levels_to_codes(levels).to(self.device, self.dtype)
+        codes = quantizer.unpack(torch.from_numpy(buffer.copy()), self.config.num_latent_tokens)
+        return codes.to(self.device, self.dtype)
 
     def _latents(self, images: torch.Tensor) -> torch.Tensor:
         patches = patchify(images, self.config.patch_size)

@@ -127,8 +127,53 @@ class ScalarQuantizer(nn.Module):
         digits = indices[..., None, :] // self._place_values(indices.device)[:, None] % self.levels
         return self.levels_to_codes(digits.flatten(-2))
 
+    def packed_bytes(self, num_tokens: int) -> int:
+        """Length of an image's packed codes: its bits, rounded up to whole bytes."""
+        return -(-num_tokens * self.bits_per_token // 8)
+
+    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+        """
+        (b, tokens, channels) codes to (b, bytes) uint8, zeros behind the last bit.
+
+        Bits run token by token, channel by channel, each byte filled from its most significant bit (big-endian); a
+        channel of more than one bit writes its level, most significant bit first. For "lfq" +1 is a 1.
+        """
+        bits = _to_bits(self.codes_to_levels(codes), self.bits_per_channel).flatten(1)
+        bits = F.pad(bits, (0, -bits.shape[1] % 8))
+        return _from_bits(bits.unflatten(1, (bits.shape[1] // 8, 8))).to(torch.uint8)
+
+    def unpack(self, packed: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """
+        The inverse of [`~ScalarQuantizer.pack`]: (b, bytes) uint8 to (b, tokens, channels) float32 codes. What is
+        behind the last bit is not looked at.
+
+        Raises:
+            ValueError: If shape or dtype do not fit.
+        """
+        size = self.packed_bytes(num_tokens)
+        if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] != size:
+            raise ValueError(
+                f"packed codes are {tuple(packed.shape)} of {packed.dtype}; expected (batch, {size}) uint8"
+            )
+        bits = _to_bits(packed.long(), 8).flatten(1)[:, : num_tokens * self.bits_per_token]
+        return self.levels_to_codes(_from_bits(bits.unflatten(1, (num_tokens, self.channels, self.bits_per_channel))))
+
+    def packed_to_indices(self, packed: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """(b, bytes) uint8 to (b, tokens, groups) int64 indices. Raises as [`~ScalarQuantizer.unpack`]."""
+        return self.codes_to_indices(self.unpack(packed, num_tokens))
+
     def _place_values(self, device: torch.device) -> torch.Tensor:
         return self.levels ** torch.arange(self.group_size, device=device)
+
+
+def _to_bits(numbers: torch.Tensor, count: int) -> torch.Tensor:
+    """(...) int64 to their last bits (..., count), most significant first."""
+    return (numbers[..., None] >> torch.arange(count - 1, -1, -1, device=numbers.device)) & 1
+
+
+def _from_bits(bits: torch.Tensor) -> torch.Tensor:
+    """The inverse of [`_to_bits`]."""
+    return (bits << torch.arange(bits.shape[-1] - 1, -1, -1, device=bits.device)).sum(-1)
 
 
 class LFQQuantizer(ScalarQuantizer):

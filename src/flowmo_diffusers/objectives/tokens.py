@@ -47,11 +47,9 @@ class TokenDraws:
         return cls(masked, torch.where(drop < class_dropout, null_class, class_labels))
 
 
-def _cross_entropy(logits: torch.Tensor, indices: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-    """(b, tokens, groups), in nats and float32."""
-    losses = F.cross_entropy(
-        logits.float().flatten(0, -2), indices.flatten(), reduction="none", label_smoothing=label_smoothing
-    )
+def cross_entropy(logits: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """-log p of the indices (b, tokens, groups) under logits (b, tokens, groups, values), in nats and float32."""
+    losses = F.cross_entropy(logits.float().flatten(0, -2), indices.flatten(), reduction="none")
     return losses.reshape(indices.shape)
 
 
@@ -85,11 +83,12 @@ def token_loss(
     masked = draws.masked if order == "masked" else torch.ones_like(draws.masked)
     shown = indices.masked_fill(masked, MASK) if order == "masked" else indices
     logits = model(shown, draws.class_labels).logits
-    with torch.no_grad():
-        plain = _image_means(_cross_entropy(logits, indices), masked)
-        accuracy = _image_means((logits.argmax(-1) == indices).float(), masked)
-    loss = _image_means(_cross_entropy(logits, indices, label_smoothing), masked)
-    return {"loss": loss, "token_loss": plain, "accuracy": accuracy}
+    log_p = logits.float().log_softmax(-1)
+    token = _image_means(-log_p.gather(-1, indices[..., None]).squeeze(-1), masked)
+    # The target is 1 - s at the true value, and s spread evenly over all.
+    loss = (1 - label_smoothing) * token + label_smoothing * _image_means(-log_p.mean(-1), masked)
+    accuracy = _image_means((logits.detach().argmax(-1) == indices).float(), masked)
+    return {"loss": loss, "token_loss": token.detach(), "accuracy": accuracy}
 
 
 @torch.no_grad()
@@ -108,7 +107,7 @@ def masked_losses(
     total = indices[0].numel()
     count = torch.full((len(indices),), min(max(round(ratio * total), 1), total), device=indices.device)
     masked = mask_groups(indices, draw_uniform((len(indices), total), generators, indices.device), count)
-    losses = _cross_entropy(model(indices.masked_fill(masked, MASK), class_labels).logits, indices)
+    losses = cross_entropy(model(indices.masked_fill(masked, MASK), class_labels).logits, indices)
     return (losses * masked).flatten(1).sum(1) / masked.flatten(1).sum(1)
 
 
@@ -133,9 +132,9 @@ def log_likelihood(
     if masked == (steps is None):
         raise ValueError("steps: a masked model needs the step at which each group is revealed, another has none")
     if not masked:
-        return -_cross_entropy(model(indices, class_labels).logits, indices).flatten(1).sum(1)
+        return -cross_entropy(model(indices, class_labels).logits, indices).flatten(1).sum(1)
     total = torch.zeros(len(indices), device=indices.device)
     for step in steps.unique().tolist():
         logits = model(indices.masked_fill(steps >= step, MASK), class_labels).logits
-        total -= (_cross_entropy(logits, indices) * (steps == step)).flatten(1).sum(1)
+        total -= (cross_entropy(logits, indices) * (steps == step)).flatten(1).sum(1)
     return total
