@@ -100,7 +100,8 @@ def main() -> None:
 
     joint = args.train_batch_size * args.gradient_accumulation_steps
     place = f"{accelerator.device}, {torch.get_num_threads()} threads, mixed precision {accelerator.mixed_precision}"
-    print(f"{task.model.num_parameters() / 1e6:.0f} M parameters, {joint} images of {side} x {side}; {place}; ", end="")
+    millions = task.model.num_parameters() / 1e6
+    print(f"{millions:.0f} M parameters, {joint} images of {side} x {side}; {place}; ", end="")
     print(f"median of {own.steps} steps\n")
     print("| part | seconds | share |\n|---|---|---|")
     for name, seconds in sorted(rows.items(), key=lambda row: -row[1]):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from token_models import build_generator, random_indices
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowmo_diffusers import FlowMoAutoencoder
-from flowmo_diffusers.models.flops import decoder_flops, encoder_flops
+from flowmo_diffusers import FlowMoAutoencoder, FlowMoTokenGenerator
+from flowmo_diffusers.models.flops import decoder_flops, encoder_flops, generator_flops
 from flowmo_diffusers.objectives.cost import posttraining_flops, pretraining_flops
 from flowmo_diffusers.objectives.flow import FlowDraws
 from flowmo_diffusers.objectives.posttrain import ChainDraws, posttraining_loss
@@ -112,3 +113,23 @@ def test_published_model_costs_what_is_known_of_it():
     assert pretraining_flops(config, 256, 256, encoder_trained=False) / 1e12 == pytest.approx(encoder + 3 * decoder)
     assert posttraining_flops(config, 256, 256) / 1e12 == pytest.approx(encoder + 27 * decoder)
     assert posttraining_flops(config, 256, 256, recomputed=True) / 1e12 == pytest.approx(encoder + 36 * decoder)
+
+
+@pytest.mark.parametrize("order", ["masked", "autoregressive"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_tokens": 5, "token_groups": 3, "group_bits": 2, "hidden_size": 54, "mlp_ratio": 2.7}]
+)
+def test_generator_flops_equal_those_counted(order, changes):
+    """Catches a head counted once for all groups, or an order whose head is another."""
+    model = build_generator(order=order, num_attention_heads=3, **{"hidden_size": 48, "num_layers": 1, **changes})
+    indices, labels = random_indices(model, 1), torch.zeros(1, dtype=torch.long)
+    assert generator_flops(model.config) == counted(lambda: model(indices, labels))
+
+
+def test_maskbits_size_costs_what_its_parameters_say():
+    """Catches a slip that small models hide: two FLOPs for each weight and token, and attention."""
+    with torch.device("meta"):
+        config = FlowMoTokenGenerator().config
+    blocks = 24 * (12 * 1024**2 * 256 + 2 * 256**2 * 1024)
+    ends = 256 * 1024 * (18 + 2 * 512) + 1024**2 * (6 + 2)
+    assert generator_flops(config) == 2 * (blocks + ends)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowmo_diffusers.engine.seeding import keyed_generator
+from flowmo_diffusers.engine.seeding import draw_uniform, keyed_generator
 from flowmo_diffusers.objectives.flow import FlowDraws
 from flowmo_diffusers.objectives.posttrain import ChainDraws
 
@@ -49,6 +49,32 @@ def test_negative_numbers_are_refused():
     for key in ((-1, "noise", 0), (0, "noise", -1)):
         with pytest.raises(ValueError, match="non-negative"):
             keyed_generator(*key)
+
+
+def test_uniform_numbers_of_a_row_are_its_own():
+    """Catches numbers that depend on the batch, or a list of another length that is broadcast over it."""
+    indices = [4, 0, 2]
+    rows = draw_uniform((3, 5, 2), [keyed_generator(0, "tokens", index) for index in indices], "cpu")
+    assert rows.shape == (3, 5, 2) and rows.dtype == torch.float32
+    for row, index in zip(rows, indices, strict=True):
+        assert torch.equal(draw_uniform((1, 5, 2), [keyed_generator(0, "tokens", index)], "cpu")[0], row)
+        assert torch.equal(torch.rand(5, 2, generator=keyed_generator(0, "tokens", index)), row)
+    assert draw_uniform((3,), [keyed_generator(0, "tokens", index) for index in indices], "cpu").shape == (3,)
+    for count in (1, 2):
+        with pytest.raises(ValueError, match=f"generator is a list of {count}; expected one for each of 3"):
+            draw_uniform((3, 5), [torch.Generator()] * count, "cpu")
+
+
+def test_uniform_numbers_of_one_generator_or_none():
+    """Catches a generator that is not used, one that is used where there is none, or a row that is all rows'."""
+    first, again = (draw_uniform((50, 40), keyed_generator(0, "tokens", 0), "cpu") for _ in range(2))
+    assert torch.equal(first, again) and len(first.unique(dim=0)) == 50
+    assert first.min() >= 0 and first.max() < 1 and first.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert not torch.equal(draw_uniform((4, 2), None, "cpu"), draw_uniform((4, 2), None, "cpu"))
+    torch.manual_seed(0)
+    expected = torch.rand(4, 2)
+    torch.manual_seed(0)
+    assert torch.equal(draw_uniform((4, 2), None, "cpu"), expected)
 
 
 def flow(x: torch.Tensor, visits: list[int]) -> list[torch.Tensor]:
