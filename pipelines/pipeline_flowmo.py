@@ -1,25 +1,23 @@
 """FlowMoPipeline: images to tokens and tokens to images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
 import torch
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from flowmo_diffusers.engine.seeding import Generators
 from flowmo_diffusers.models.autoencoder_flowmo import FlowMoAutoencoder
 from flowmo_diffusers.pipelines.images import array_to_tensor, image_items, image_size
-from flowmo_diffusers.pipelines.saving import SafePipeline, check_generator
+from flowmo_diffusers.pipelines.saving import Callback, SafePipeline, check_generator
 from flowmo_diffusers.schedulers.scheduling_flowmo import FlowMoScheduler
 
 
 Tokens = torch.Tensor | np.ndarray | bytes | Sequence[bytes]
-Callback = Callable[[DiffusionPipeline, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 @dataclass
@@ -53,7 +51,6 @@ class FlowMoPipeline(SafePipeline):
     """
 
     model_cpu_offload_seq = "autoencoder"
-    _callback_tensor_inputs = ["latents"]
 
     def __init__(self, autoencoder: FlowMoAutoencoder, scheduler: FlowMoScheduler):
         super().__init__()
@@ -61,21 +58,6 @@ class FlowMoPipeline(SafePipeline):
         self.image_processor = VaeImageProcessor(
             vae_scale_factor=autoencoder.config.patch_size if autoencoder is not None else 4
         )
-
-    @property
-    def guidance_scale(self) -> float:
-        """w of the running or last call."""
-        return self._guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        """How often the running or last call asks the model: n for Euler, 2n - 1 for Heun."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether a callback has ended the sampling by `pipe._interrupt = True`; x_t is then returned as it is."""
-        return self._interrupt
 
     @torch.no_grad()
     def encode(
@@ -168,10 +150,9 @@ class FlowMoPipeline(SafePipeline):
                     continue
                 v = self._velocity(latents, t, codes, guidance_scale if guided[i] else None)
                 latents = self.scheduler.step(v, timestep, latents, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    available = {"latents": latents}
-                    given = {name: available[name] for name in callback_on_step_end_tensor_inputs}
-                    latents = callback_on_step_end(self, i, timestep, given).pop("latents", latents)
+                latents = self._call_back(
+                    callback_on_step_end, callback_on_step_end_tensor_inputs, i, timestep, latents
+                )
                 if i == len(timesteps) - 1 or (i + 1) % self.scheduler.order == 0:
                     progress_bar.update()
 
@@ -331,10 +312,7 @@ class FlowMoPipeline(SafePipeline):
             raise ValueError(f"latents have shape {tuple(latents.shape)}; expected {shape}")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} must be 'pil', 'np', 'pt' or 'latent'")
-        if unknown := set(callback_tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; known are {self._callback_tensor_inputs}"
-            )
+        self._check_callback(callback_tensor_inputs)
 
     def _check_size(self, height: int, width: int) -> None:
         patch = self.autoencoder.config.patch_size

@@ -1,6 +1,7 @@
 """FlowMoGenerationPipeline: classes to tokens, and tokens to images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 
 import numpy as np
 import PIL.Image
@@ -10,8 +11,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from flowmo_diffusers.engine.seeding import Generators
 from flowmo_diffusers.models.autoencoder_flowmo import FlowMoAutoencoder
 from flowmo_diffusers.models.token_generator import MASK, FlowMoTokenCache, FlowMoTokenGenerator
-from flowmo_diffusers.pipelines.pipeline_flowmo import Callback, FlowMoPipeline, FlowMoPipelineOutput
-from flowmo_diffusers.pipelines.saving import SafePipeline, check_generator
+from flowmo_diffusers.pipelines.pipeline_flowmo import FlowMoPipeline, FlowMoPipelineOutput
+from flowmo_diffusers.pipelines.saving import Callback, SafePipeline, check_generator
 from flowmo_diffusers.schedulers.scheduling_flowmo import FlowMoScheduler
 from flowmo_diffusers.schedulers.scheduling_flowmo_tokens import FlowMoTokenScheduler
 
@@ -42,7 +43,6 @@ class FlowMoGenerationPipeline(SafePipeline):
     """
 
     model_cpu_offload_seq = "generator->autoencoder"
-    _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
@@ -58,21 +58,6 @@ class FlowMoGenerationPipeline(SafePipeline):
             generator=generator, token_scheduler=token_scheduler, autoencoder=autoencoder, scheduler=scheduler
         )
 
-    @property
-    def guidance_scale(self) -> float:
-        """w of the running or last call."""
-        return self._guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps in which the running or last call fills in the tokens."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether a callback has ended the generation by `pipe._interrupt = True`."""
-        return self._interrupt
-
     def class_ids(self, class_labels: ClassLabel | Sequence[ClassLabel]) -> list[int]:
         """
         Ids of classes that are given by id, by name (case does not matter, nor which of its synonyms it is) or as
@@ -81,7 +66,7 @@ class FlowMoGenerationPipeline(SafePipeline):
         Raises:
             ValueError: If there is no such class, or a name is of several.
         """
-        single = class_labels is None or isinstance(class_labels, int | str)
+        single = isinstance(class_labels, str) or not isinstance(class_labels, Iterable)
         labels = [class_labels] if single else list(class_labels)
         if not labels:
             raise ValueError("class_labels is empty: there is nothing to generate")
@@ -113,10 +98,7 @@ class FlowMoGenerationPipeline(SafePipeline):
         """
         ids = self.class_ids(class_labels)
         check_generator(generator, len(ids))
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; known are {self._callback_tensor_inputs}"
-            )
+        self._check_callback(callback_on_step_end_tensor_inputs)
         device = self._execution_device
         latents = self._starting_tokens(tokens, len(ids)).to(device)
         labels = torch.tensor(ids, device=device)
@@ -139,10 +121,9 @@ class FlowMoGenerationPipeline(SafePipeline):
                     latents = self.token_scheduler.step(logits, timestep, latents, generator, return_dict=False)[0]
                 else:
                     latents = self._next_token(i, latents, labels, weights[i], guidance_scale != 1, cache, generator)
-                if callback_on_step_end is not None:
-                    available = {"latents": latents}
-                    given = {name: available[name] for name in callback_on_step_end_tensor_inputs}
-                    latents = callback_on_step_end(self, i, timestep, given).pop("latents", latents)
+                latents = self._call_back(
+                    callback_on_step_end, callback_on_step_end_tensor_inputs, i, timestep, latents
+                )
                 progress_bar.update()
         self.maybe_free_model_hooks()
         return latents
@@ -313,10 +294,10 @@ class FlowMoGenerationPipeline(SafePipeline):
         config = self.generator.config
         if label is None:
             return config.num_classes
-        if isinstance(label, int) and not isinstance(label, bool):
+        if isinstance(label, Integral) and not isinstance(label, bool):
             if not 0 <= label < config.num_classes:
                 raise ValueError(f"class_labels has id {label}; this generator has {config.num_classes} classes")
-            return label
+            return int(label)
         if not isinstance(label, str):
             raise ValueError(f"class_labels has {label!r}; expected ids, names or None")
         names = _named_classes(config.id2label or {})

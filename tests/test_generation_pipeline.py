@@ -394,6 +394,7 @@ def test_classes_by_id_name_and_synonym(masked_pipe):
         3,
     ]
     assert masked_pipe.class_ids("wild cat, tabby") == [2] and masked_pipe.class_ids(2) == [2]
+    assert masked_pipe.class_ids(np.int64(2)) == [2] and masked_pipe.class_ids(np.array([1, 0])) == [1, 0]
     assert masked_pipe.class_ids(None) == [3] and masked_pipe.class_ids(range(3)) == [0, 1, 2]
 
 
@@ -406,6 +407,7 @@ def test_classes_by_id_name_and_synonym(masked_pipe):
         ("horse", "class_labels has 'horse', which is no class.*dog, house cat, tabby"),
         (["dog", "tabby"], r"'tabby', which is the name of the classes \[0, 2\]: give an id"),
         ("", "class_labels has ''"),
+        (1.5, "class_labels has 1.5; expected ids, names or None"),
         ([1.0], "class_labels has 1.0; expected ids, names or None"),
         (True, "class_labels has True; expected"),
         ([[0]], r"class_labels has \[0\]; expected"),
