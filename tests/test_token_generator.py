@@ -79,13 +79,16 @@ def test_four_groups_of_14_bits():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_tokens": 0}, "num_tokens=0 must be at least 1"),
-        ({"token_groups": 0}, "token_groups=0 must be at least 1"),
-        ({"num_layers": -1}, "num_layers=-1 must be at least 1"),
-        ({"num_attention_heads": 0}, "num_attention_heads=0 must be at least 1"),
+        ({"num_tokens": 0}, "num_tokens=0 must be a whole number of at least 1"),
+        ({"token_groups": 0}, "token_groups=0 must be a whole number of at least 1"),
+        ({"num_tokens": 8.0}, "num_tokens=8.0 must be a whole number"),
+        ({"hidden_size": None}, "hidden_size=None must be a whole number"),
+        ({"mlp_ratio": 0}, "mlp_ratio=0 must be a positive number"),
+        ({"num_layers": -1}, "num_layers=-1 must be a whole number of at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be a whole number of at least 1"),
         ({"group_bits": 0}, "group_bits=0 must be from 1 to 16"),
         ({"group_bits": 18}, "group_bits=18 must be from 1 to 16.*codebook_bits"),
-        ({"num_classes": -1}, "num_classes=-1 must be at least 0"),
+        ({"num_classes": -1}, "num_classes=-1 must be a whole number of at least 0"),
         ({"hidden_size": 33}, "hidden_size=33 must be a multiple of num_attention_heads=2"),
         ({"order": "random"}, "order='random' is unknown.*'masked' or 'autoregressive'"),
         ({"id2label": {0: "cat", 1: "dog"}}, "id2label has 2 names"),
@@ -255,6 +258,7 @@ def test_no_parameter_is_dead(order):
     assert torch.isfinite(loss)
     assert [name for name, gradient in gradients.items() if gradient is None or not gradient.any()] == []
     assert gradients["class_in.weight"].any(1).all() and gradients["positions"].any(1).all()
+    assert all(gradient.any(0).all() for name, gradient in gradients.items() if name == "head.own_bits.weight")
 
 
 @both_orders
@@ -380,6 +384,30 @@ def test_blocks_compile_in_one_graph(order):
     model.compile_repeated_blocks(backend="eager", fullgraph=True)
     torch.testing.assert_close(model(indices, LABELS).logits, expected)
     torch._dynamo.reset()
+
+
+def test_blocks_compile_once_for_all_with_a_cache():
+    """Catches a cache that compiles each block anew, which beyond eight blocks fails."""
+    model = build_generator(order="autoregressive", num_layers=10)
+    indices = random_indices(model)
+    expected = model(indices, LABELS).logits
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    cache = FlowMoTokenCache()
+    for length in range(1, 4):
+        logits = model(indices[:, :length], LABELS, cache).logits
+        torch.testing.assert_close(logits[:, -1], expected[:, length - 1], atol=1e-4, rtol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_a_single_group_has_no_order():
+    """Catches weights for groups before the only one, which would never be trained."""
+    with_groups = {name for name, _ in build_generator(order="autoregressive").named_parameters()}
+    single = build_generator(order="autoregressive", token_groups=1)
+    assert {name.split(".")[1] for name in with_groups - {name for name, _ in single.named_parameters()}} == {
+        "own_bits",
+        "mlp",
+    }
 
 
 # Copies and files

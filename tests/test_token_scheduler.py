@@ -288,9 +288,11 @@ def test_configuration_is_saved(tmp_path):
         ({"mask_schedule": "square"}, "mask_schedule='square' is unknown.*arccos"),
         ({"noise_decay": "cosine"}, "noise_decay='cosine' is unknown.*linear.*constant"),
         ({"guidance_schedule": "power"}, "guidance_schedule='power' is unknown.*cosine-power"),
-        ({"temperature": -0.1}, "temperature=-0.1 must be at least 0"),
-        ({"noise_temperature": -1}, "noise_temperature=-1 must be at least 0"),
-        ({"guidance_power": 0}, "guidance_power=0 must be positive"),
+        ({"temperature": -0.1}, "temperature=-0.1 must be a number of at least 0"),
+        ({"noise_temperature": -1}, "noise_temperature=-1 must be a number of at least 0"),
+        ({"temperature": float("nan")}, "temperature=nan must be a number"),
+        ({"noise_temperature": float("inf")}, "noise_temperature=inf must be a number"),
+        ({"guidance_power": 0}, "guidance_power=0 must be a positive number"),
     ],
 )
 def test_impossible_configurations_are_refused(changes, message):

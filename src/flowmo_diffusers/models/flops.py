@@ -58,7 +58,8 @@ def generator_flops(config: Mapping[str, Any]) -> int:
     block = _linear(tokens, dim, 4 * dim) + _attention(tokens, tokens, dim) + mlp
     head = _linear(1, dim, 2 * dim) + _linear(tokens, dim, groups * 2 ** config["group_bits"])
     if config["order"] == "autoregressive":
-        head += groups * (_linear(tokens, bits, dim) + 2 * _linear(tokens, dim, 2 * dim))
+        own = bits - config["group_bits"]
+        head += groups * (_linear(tokens, own, dim) + 2 * _linear(tokens, dim, 2 * dim)) if groups > 1 else 0
     return _linear(tokens, bits, dim) + _linear(1, dim, 6 * dim) + config["num_layers"] * block + head
 
 

@@ -1,5 +1,6 @@
 """FlowMoTokenGenerator: a transformer over FlowMo's tokens that predicts them in groups of bits."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,20 @@ def indices_to_bits(indices: torch.Tensor, group_bits: int) -> torch.Tensor:
     return torch.where(indices[..., None] == MASK, 0, 2 * bits - 1)
 
 
+class KeyValues:
+    """Keys and values of one block's tokens so far, (b, length, heads, head width)."""
+
+    def __init__(self) -> None:
+        self.key: torch.Tensor | None = None
+        self.value: torch.Tensor | None = None
+
+    def extend(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All of them, with the new ones at the end."""
+        self.key = key if self.key is None else torch.cat([self.key, key], dim=1)
+        self.value = value if self.value is None else torch.cat([self.value, value], dim=1)
+        return self.key, self.value
+
+
 class FlowMoTokenCache:
     """
     What an autoregressive generator has computed of the tokens so far: keys and values of each block, and the newest
@@ -45,20 +60,9 @@ class FlowMoTokenCache:
     """
 
     def __init__(self) -> None:
-        self._keys: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
+        self.blocks: list[KeyValues] = []
         self.hidden: torch.Tensor | None = None
         self.length = 0
-
-    def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values of a block (b, length, heads, head width), with the new ones at the end."""
-        if layer == len(self._keys):
-            self._keys.append(key)
-            self._values.append(value)
-        else:
-            self._keys[layer] = torch.cat([self._keys[layer], key], dim=1)
-            self._values[layer] = torch.cat([self._values[layer], value], dim=1)
-        return self._keys[layer], self._values[layer]
 
 
 class FlowMoTokenAttnProcessor:
@@ -67,11 +71,11 @@ class FlowMoTokenAttnProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: "FlowMoTokenAttention", x: torch.Tensor, cache: FlowMoTokenCache | None) -> torch.Tensor:
+    def __call__(self, attn: "FlowMoTokenAttention", x: torch.Tensor, cache: KeyValues | None) -> torch.Tensor:
         query, key, value = attn.to_qkv(x).unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
         query, key = attn.norm_q(query), attn.norm_k(key)
         if cache is not None:
-            key, value = cache.extend(attn.layer, key, value)
+            key, value = cache.extend(key, value)
         attended = dispatch_attention_fn(
             query,
             key,
@@ -90,18 +94,17 @@ class FlowMoTokenAttention(nn.Module, AttentionModuleMixin):
     _available_processors = [FlowMoTokenAttnProcessor]
     _supports_qkv_fusion = False  # the projections are one matrix already
 
-    def __init__(self, dim: int, num_heads: int, causal: bool, layer: int):
+    def __init__(self, dim: int, num_heads: int, causal: bool):
         super().__init__()
         self.num_heads = num_heads
         self.causal = causal
-        self.layer = layer
         self.to_qkv = nn.Linear(dim, 3 * dim)
         self.norm_q = HeadNorm(dim // num_heads, eps=1e-6)
         self.norm_k = HeadNorm(dim // num_heads, eps=1e-6)
         self.to_out = nn.Linear(dim, dim)
         self.set_processor(self._default_processor_cls())
 
-    def forward(self, x: torch.Tensor, cache: FlowMoTokenCache | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: KeyValues | None = None) -> torch.Tensor:
         return self.processor(self, x, cache)
 
 
@@ -111,18 +114,16 @@ class FlowMoTokenBlock(nn.Module):
     from one projection that all blocks share plus the block's own offsets (as in PixArt-alpha, arXiv 2310.00426).
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, causal: bool, layer: int):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, causal: bool):
         super().__init__()
         hidden = int(dim * mlp_ratio)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attn = FlowMoTokenAttention(dim, num_heads, causal, layer)
+        self.attn = FlowMoTokenAttention(dim, num_heads, causal)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
         self.modulation = nn.Parameter(torch.zeros(6, dim))
 
-    def forward(
-        self, x: torch.Tensor, modulation: torch.Tensor, cache: FlowMoTokenCache | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, modulation: torch.Tensor, cache: KeyValues | None = None) -> torch.Tensor:
         """x (b, length, dim) and the class's modulation (b, 6, dim) to x."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.modulation).split(1, dim=1)
         x = x + (1 + gate1) * self.attn(modulate(self.norm1(x), shift1, scale1), cache)
@@ -146,7 +147,7 @@ class FlowMoTokenHead(nn.Module):
         self.linear = nn.Linear(dim, groups * 2**group_bits)
         self.ordered = ordered
         if ordered:
-            self.own_bits = nn.Linear(groups * group_bits, dim)
+            self.own_bits = nn.Linear((groups - 1) * group_bits, dim)  # no group follows on the last one
             self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(approximate="tanh"), nn.Linear(2 * dim, dim))
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
@@ -160,8 +161,8 @@ class FlowMoTokenHead(nn.Module):
         if not self.ordered:
             return self.linear(modulate(self.norm(x), shift, scale)).unflatten(-1, (self.groups, -1))
         # Row g keeps the groups before g.
-        before = torch.ones(self.groups, self.groups, device=x.device, dtype=x.dtype).tril(-1)
-        known = bits[:, :, None] * before[:, :, None]
+        before = torch.ones(self.groups, self.groups - 1, device=x.device, dtype=x.dtype).tril(-1)
+        known = bits[:, :, None, :-1] * before[:, :, None]
         x = x[:, :, None] + self.own_bits(known.flatten(3))
         x = x + self.mlp(self.norm(x))
         x = modulate(self.norm(x), shift[:, None], scale[:, None])
@@ -225,9 +226,9 @@ class FlowMoTokenGenerator(WholeCheckpointsOnly, ModelMixin, AttentionMixin, Con
         self.class_in = nn.Embedding(num_classes + 1, hidden_size)
         self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
         self.blocks = nn.ModuleList(
-            FlowMoTokenBlock(hidden_size, num_attention_heads, mlp_ratio, causal, layer) for layer in range(num_layers)
+            FlowMoTokenBlock(hidden_size, num_attention_heads, mlp_ratio, causal) for _ in range(num_layers)
         )
-        self.head = FlowMoTokenHead(hidden_size, token_groups, group_bits, ordered=causal)
+        self.head = FlowMoTokenHead(hidden_size, token_groups, group_bits, ordered=causal and token_groups > 1)
         self.gradient_checkpointing = False
         self._init_weights()
 
@@ -294,11 +295,14 @@ class FlowMoTokenGenerator(WholeCheckpointsOnly, ModelMixin, AttentionMixin, Con
     def _trunk(self, x: torch.Tensor, condition: torch.Tensor, cache: FlowMoTokenCache | None = None) -> torch.Tensor:
         x = x + condition[:, None]
         modulation = self.modulation(F.silu(condition)).unflatten(-1, (6, -1))
-        for block in self.blocks:
+        if cache is not None and not cache.blocks:
+            cache.blocks = [KeyValues() for _ in self.blocks]
+        parts = [None] * len(self.blocks) if cache is None else cache.blocks
+        for block, part in zip(self.blocks, parts, strict=True):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, modulation, cache)
+                x = self._gradient_checkpointing_func(block, x, modulation, part)
             else:
-                x = block(x, modulation, cache)
+                x = block(x, modulation, part)
         return x
 
     def _check_inputs(self, indices: torch.Tensor, class_labels: torch.Tensor, cache: FlowMoTokenCache | None) -> None:
@@ -323,15 +327,18 @@ class FlowMoTokenGenerator(WholeCheckpointsOnly, ModelMixin, AttentionMixin, Con
 def _check_config(config: Mapping[str, Any]) -> None:
     at_least_one = ("num_tokens", "token_groups", "hidden_size", "num_layers", "num_attention_heads")
     for name in at_least_one:
-        if config[name] < 1:
-            raise ValueError(f"{name}={config[name]} must be at least 1")
-    if not 1 <= config["group_bits"] <= 16:
+        if type(config[name]) is not int or config[name] < 1:
+            raise ValueError(f"{name}={config[name]!r} must be a whole number of at least 1")
+    if type(config["group_bits"]) is not int or not 1 <= config["group_bits"] <= 16:
         raise ValueError(
             f"group_bits={config['group_bits']} must be from 1 to 16: a head has 2^group_bits values (a tokenizer of "
             "larger groups needs a smaller codebook_bits)"
         )
-    if config["num_classes"] < 0:
-        raise ValueError(f"num_classes={config['num_classes']} must be at least 0")
+    if type(config["num_classes"]) is not int or config["num_classes"] < 0:
+        raise ValueError(f"num_classes={config['num_classes']!r} must be a whole number of at least 0")
+    ratio = config["mlp_ratio"]
+    if type(ratio) not in (int, float) or not 1 <= ratio * config["hidden_size"] < math.inf:
+        raise ValueError(f"mlp_ratio={ratio!r} must be a positive number that leaves a channel in the MLP, e.g. 4.0")
     if config["hidden_size"] % config["num_attention_heads"]:
         raise ValueError(
             f"hidden_size={config['hidden_size']} must be a multiple of "

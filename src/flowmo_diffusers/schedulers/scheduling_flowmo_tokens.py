@@ -81,10 +81,10 @@ class FlowMoTokenScheduler(SchedulerMixin, ConfigMixin):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is unknown: it must be one of {known}")
         for name, value in (("temperature", temperature), ("noise_temperature", noise_temperature)):
-            if value < 0:
-                raise ValueError(f"{name}={value} must be at least 0")
-        if not guidance_power > 0:
-            raise ValueError(f"guidance_power={guidance_power} must be positive")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} must be a number of at least 0")
+        if not 0 < guidance_power < math.inf:
+            raise ValueError(f"guidance_power={guidance_power} must be a positive number")
         self.num_inference_steps: int | None = None
         self.timesteps: torch.Tensor | None = None
         self._step_index = 0
