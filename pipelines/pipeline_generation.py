@@ -232,7 +232,7 @@ class FlowMoGenerationPipeline(SafePipeline):
         """Logits in float32; if guided, with no class asked in one pass with the class."""
         if not guided:
             return self.generator(indices, labels, cache, return_dict=False)[0].float()
-        null = torch.full_like(labels, self.generator.config.num_classes)
+        null = torch.full_like(labels, self.generator.null_class)
         both_logits = self.generator(indices.repeat(2, 1, 1), torch.cat([labels, null]), cache, return_dict=False)[0]
         l_class, l_null = both_logits.float().chunk(2)
         return l_null + weight * (l_class - l_null)
@@ -293,7 +293,7 @@ class FlowMoGenerationPipeline(SafePipeline):
     def _class_id(self, label: ClassLabel) -> int:
         config = self.generator.config
         if label is None:
-            return config.num_classes
+            return self.generator.null_class
         if isinstance(label, Integral) and not isinstance(label, bool):
             if not 0 <= label < config.num_classes:
                 raise ValueError(f"class_labels has id {label}; this generator has {config.num_classes} classes")

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 
 # Processes fork from a server that has imported everything once, and that no test has touched.
@@ -58,3 +60,26 @@ def _enter(rank: int, count: int, function: Callable, args: tuple, folder: Path)
     torch.save(function(*args), folder / f"result-{rank}")
     if dist.is_initialized():  # what it ran may have ended it, as Accelerate does after training
         dist.destroy_process_group()
+
+
+def launched(main: Callable, args: Any, start: Callable[[], None] | None) -> None:
+    """What Accelerate's `debug_launcher` runs on each process."""
+    torch.set_num_threads(1)  # the pool of threads did not survive the fork
+    if start is not None:
+        start()
+    main(args)
+
+
+def shard_blocks(block: str) -> None:
+    """Makes the Accelerators of this process shard such modules by FSDP2: its launcher does so on GPUs only."""
+    Accelerator(cpu=True)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[block],
+        reshard_after_forward=True,
+        state_dict_type="SHARDED_STATE_DICT",
+    )
+    for state in (PartialState, AcceleratorState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator, PartialState, debug_launcher
+from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from processes import launched, shard_blocks
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -45,6 +46,8 @@ OPTIONS = {
     "entropy_weight": 0.1,  # more than the paper's, so that a wrong entropy shows in the weights
 }
 
+SHARD = partial(shard_blocks, "FlowMoBlock")
+
 
 @pytest.fixture(scope="module")
 def run(script, tmp_path_factory):
@@ -62,7 +65,7 @@ def run(script, tmp_path_factory):
             script.main(args)
             AcceleratorState._reset_state(reset_partial_state=True)
         else:
-            debug_launcher(_in_process, (script.main, args, start), num_processes=processes)
+            debug_launcher(launched, (script.main, args, start), num_processes=processes)
         events = EventAccumulator(str(Path(folder, "logs", "flowmo")))
         events.Reload()
         losses = {
@@ -74,13 +77,6 @@ def run(script, tmp_path_factory):
         return losses, weights, json.loads((Path(folder) / "metrics.json").read_text())
 
     return run
-
-
-def _in_process(main, args, start) -> None:
-    torch.set_num_threads(1)  # the pool of threads did not survive the fork
-    if start is not None:
-        start()
-    main(args)
 
 
 def assert_same_run(ours, theirs, tolerance=1e-4):
@@ -151,21 +147,6 @@ def test_encoder_frozen_on_the_way(run, tmp_path):
     assert_same_run(run(tmp_path / "two", 2, **options, train_batch_size=4), one)
 
 
-def _shard() -> None:
-    """Makes every Accelerator of this process shard by FSDP2: its launcher does so on GPUs only."""
-    Accelerator(cpu=True)
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["FlowMoBlock"],
-        reshard_after_forward=True,
-        state_dict_type="SHARDED_STATE_DICT",
-    )
-    for state in (PartialState, AcceleratorState):
-        state._shared_state["distributed_type"] = DistributedType.FSDP
-    AcceleratorState._shared_state["fsdp_plugin"] = plugin
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "posttrain"])
 def test_sharded_by_fsdp2(run, tmp_path, stage):
@@ -176,10 +157,10 @@ def test_sharded_by_fsdp2(run, tmp_path, stage):
         options |= {"stage": stage, "model_config": None, "pretrained_model_name_or_path": tmp_path / "pre"}
         options |= {"chain_steps": 2, "perceptual_weight": 1.0}
     one = run(tmp_path / "one", **options)
-    assert_same_run(run(tmp_path / "two", 2, _shard, **options, train_batch_size=4), one)
+    assert_same_run(run(tmp_path / "two", 2, SHARD, **options, train_batch_size=4), one)
 
     # Killed at step 3, resumed from step 2, with the encoder frozen since.
     shutil.copytree(tmp_path / "two", tmp_path / "again", ignore=shutil.ignore_patterns("checkpoint-4", "logs"))
     options |= {"resume_from_checkpoint": "latest"}
     last_steps = {name: values[2:] for name, values in one[0].items()}
-    assert_same_run(run(tmp_path / "again", 2, _shard, **options, train_batch_size=4), (last_steps, *one[1:]))
+    assert_same_run(run(tmp_path / "again", 2, SHARD, **options, train_batch_size=4), (last_steps, *one[1:]))

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -10,7 +11,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from processes import forget_accelerators
+from accelerate import debug_launcher
+from processes import forget_accelerators, launched, shard_blocks
 from safetensors.torch import load_file
 from scripts import load_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -52,7 +54,7 @@ def train(tokens, tmp_path):
     """Runs the script in this process: `train(output_dir, option=value, flag=True)`; returns the weights."""
     script = load_script("train_generator")
 
-    def run(output_dir: Path, **options) -> dict[str, torch.Tensor]:
+    def run(output_dir: Path, launch=None, **options) -> dict[str, torch.Tensor]:
         options = {
             "train_tokens_dir": tokens,
             "tokenizer": tmp_path / "tokenizer",
@@ -73,7 +75,8 @@ def train(tokens, tmp_path):
             if value is not None:
                 argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         forget_accelerators()
-        script.main(script.parse_args(argv))
+        args = script.parse_args(argv)
+        script.main(args) if launch is None else launch(script, args)
         return load_file(Path(output_dir) / "generator" / "diffusion_pytorch_model.safetensors")
 
     yield run
@@ -248,3 +251,26 @@ def test_class_samples_has_a_row_for_each_class(train, tmp_path):
     one = class_samples(pipeline, num_classes=1, **sampling)
     assert two.height - one.height == one.height - 6 and two.width == one.width
     assert np.array_equal(np.asarray(two), np.asarray(again))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [None, partial(shard_blocks, "FlowMoTokenBlock")], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("order", ["masked", "autoregressive"])
+def test_two_processes_are_one(train, tokens, tmp_path, order, start):
+    """Draws, losses, averages, figures or an export that depend on how a run is spread."""
+    options = {"model_config": json.dumps(TINY | {"order": order}), "num_inference_steps": None, "validation_steps": 2}
+    options["adam_epsilon"] = 1e-4  # else Adam makes whole steps of the rounding of gradients that are nearly 0
+    one = train(tmp_path / "one", **options, checkpointing_steps=2)
+    forget_accelerators()
+    two = train(
+        tmp_path / "two",
+        launch=lambda script, args: debug_launcher(launched, (script.main, args, start), 2),
+        train_batch_size=2,
+        checkpointing_steps=2,
+        **options,
+    )
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)
+    first, second = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("one", "two"))
+    assert first.pop("stage") == second.pop("stage")
+    assert second == pytest.approx(first, rel=1e-4)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import distribute_tensor
 from flowmo_diffusers import FlowMoAutoencoder, FlowMoPipeline, FlowMoScheduler
 from flowmo_diffusers.engine.ema import EMA
 from flowmo_diffusers.engine.seeding import keyed_generator
+from flowmo_diffusers.engine.sharding import reshard
 from flowmo_diffusers.metrics.codebook import codebook_health
 from flowmo_diffusers.metrics.reconstruction import psnr
 from flowmo_diffusers.metrics.validation import Validation
@@ -115,6 +116,7 @@ def measure_sharded(config: dict, weights: dict, averages: dict, originals: torc
     validation = build_validation(originals)
     with ema.applied(model.parameters()):
         averaged, _ = validation(pipeline)
+        reshard(model)  # as a run does before the weights are back
     return [averaged, validation(pipeline)[0]]
 
 

@@ -36,6 +36,7 @@ from flowmo_diffusers.engine.chunks import Chunks
 from flowmo_diffusers.engine.files import atomic_file
 from flowmo_diffusers.engine.launch import build_accelerator
 from flowmo_diffusers.engine.options import parse_with_config
+from flowmo_diffusers.hub.card_parts import public
 from flowmo_diffusers.metrics.options import resolution
 from flowmo_diffusers.metrics.report import environment
 
@@ -199,7 +200,7 @@ def finish(
     speed = throughput(chunks, identity["num_tokens"], accelerator.num_processes)
     description = {
         "tokenizer": identity,
-        "dataset": str(args.dataset),
+        "dataset": public(args.dataset),
         "settings": wanted["settings"],
         "bad_images": bad,
         "throughput": speed,

@@ -183,7 +183,6 @@ class GeneratorTask(Task):
         self.pipeline = pipeline
         self.tokens = train
         self.weight_decay = args.adam_weight_decay
-        self.classes = train.num_classes
         self.validation = TokenValidation(
             accelerator,
             held_out.indices(range(len(held_out))),
@@ -196,7 +195,7 @@ class GeneratorTask(Task):
 
     def _classes_of(self, labels: torch.Tensor) -> torch.Tensor:
         """Labels with the null class where an image has none."""
-        return torch.where(labels < 0, self.classes, labels)
+        return torch.where(labels < 0, self.pipeline.generator.null_class, labels)
 
     def batches(self, first: int, last: int) -> Iterable[dict]:
         accelerator, args = self.accelerator, self.args
@@ -215,7 +214,8 @@ class GeneratorTask(Task):
         indices = self.tokens.to_indices(batch["packed"].to(device, non_blocking=True))
         labels = self._classes_of(batch["labels"].to(device, non_blocking=True))
         generators = [keyed_generator(args.seed, self.name, visit, device) for visit in batch["visits"].tolist()]
-        draws = TokenDraws.sample(indices, labels, self.classes, generators, args.mask_schedule, args.class_dropout)
+        null = self.pipeline.generator.null_class
+        draws = TokenDraws.sample(indices, labels, null, generators, args.mask_schedule, args.class_dropout)
         return token_loss(self.trained, indices, draws, self.pipeline.generator.config.order, args.label_smoothing)
 
     def flops_per_image(self, step: int) -> float:

@@ -1,4 +1,4 @@
-"""Images by number, each once, for evaluation."""
+"""Images by number, each once, as tensors: for evaluation and tokenizing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

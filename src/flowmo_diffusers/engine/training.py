@@ -36,7 +36,7 @@ from flowmo_diffusers.engine.launch import build_accelerator
 from flowmo_diffusers.engine.meter import Meter
 from flowmo_diffusers.engine.norms import NormRescaler
 from flowmo_diffusers.engine.processes import on_any_process
-from flowmo_diffusers.engine.sharding import whole_state_dict
+from flowmo_diffusers.engine.sharding import reshard, whole_state_dict
 from flowmo_diffusers.engine.signals import StopRequest
 from flowmo_diffusers.engine.step import Losses, TrainStep
 from flowmo_diffusers.engine.tracking import RunningMeans, log_picture, tolerant_of_full_disk
@@ -339,6 +339,7 @@ class Trainer:
         with self.step.ema.applied(model.parameters()):
             model.eval()
             measured, picture = self.task.validate(step)
+            reshard(model)  # whose weights are about to be others
             model.train()
             figures = {f"val/{name}": value for name, value in measured.items()}
             if args.guard == "none":

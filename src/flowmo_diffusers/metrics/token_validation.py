@@ -7,7 +7,6 @@ import torch
 from accelerate import Accelerator
 
 from flowmo_diffusers.engine.seeding import keyed_generator
-from flowmo_diffusers.engine.sharding import reshard
 from flowmo_diffusers.models.token_generator import FlowMoTokenGenerator
 from flowmo_diffusers.objectives.tokens import log_likelihood, masked_losses
 
@@ -51,9 +50,9 @@ class TokenValidation:
         Every process must call this.
 
         Returns:
-            Means over the images: "token_loss", in nats a group (an upper bound for a masked generator, see
-            [`masked_losses`]; exact for an autoregressive one), "bits_per_bit", the same as bits a bit that is stored
-            (1 is no better than a coin), and of a masked generator "token_loss_at_0.5" for each ratio.
+            Means over the images: "token_loss", in nats a group (of a masked generator an estimate of an upper
+            bound, see [`masked_losses`]; exact of an autoregressive one), "bits_per_bit", the same as bits a bit that
+            is stored (1 is no better than a coin), and of a masked generator "token_loss_at_0.5" for each ratio.
         """
         accelerator, count = self.accelerator, len(self.indices)
         share = -(-count // accelerator.num_processes)
@@ -61,7 +60,6 @@ class TokenValidation:
         # The last processes repeat images: all must run equally often, or sharded ones would wait for ever.
         mine = [number % count for number in range(first, first + share)]
         parts = [self._losses(model, mine[i : i + self.batch_size]) for i in range(0, share, self.batch_size)]
-        reshard(model)  # whose weights may be others in a moment
         losses = accelerator.gather(torch.cat(parts))[:count].mean(0).tolist()
         mean = sum(losses) / len(losses)
         figures = {"token_loss": mean, "bits_per_bit": mean / math.log(2) / model.config.group_bits}

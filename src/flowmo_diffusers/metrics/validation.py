@@ -6,7 +6,6 @@ import torch
 from accelerate import Accelerator
 
 from flowmo_diffusers.engine.seeding import keyed_generator
-from flowmo_diffusers.engine.sharding import reshard
 from flowmo_diffusers.metrics.codebook import codebook_health
 from flowmo_diffusers.metrics.reconstruction import psnr
 from flowmo_diffusers.objectives.perceptual import PerceptualDistance
@@ -57,7 +56,6 @@ class Validation:
         # The last processes repeat images: all must run equally often, or sharded ones would wait for ever.
         mine = [number % count for number in range(first, first + share)]
         parts = [self._reconstruct(pipeline, mine[i : i + self.batch_size]) for i in range(0, share, self.batch_size)]
-        reshard(pipeline.autoencoder)  # whose weights may be others in a moment
         gathered = {
             name: accelerator.gather(torch.cat([part[name] for part in parts]))[:count].cpu() for name in parts[0]
         }
