@@ -277,7 +277,7 @@ class FlowMoPipeline(SafePipeline):
             packed = [tokens] if isinstance(tokens, bytes) else tokens
             if not isinstance(packed, (list, tuple)) or not all(isinstance(row, bytes) for row in packed):
                 raise ValueError("tokens must be a tensor, a NumPy array, bytes, or a list of bytes, one an image")
-            codes = autoencoder.unpack_codes(packed)
+            codes = autoencoder.unpack_codes(packed, self._execution_device)
         elif tokens.is_floating_point():
             autoencoder._check_codes(tokens)
             if not torch.isfinite(tokens).all():

@@ -194,6 +194,10 @@ def test_the_decoder_may_be_trained_on(train, tmp_path, tiny_pipeline):
         ({"model_config": json.dumps(TINY | {"num_tokens": 9})}, "num_tokens=9; --train_tokens_dir has 8"),
         ({"model_config": json.dumps(TINY | {"num_classes": 3})}, "num_classes=3; --train_tokens_dir has 2"),
         ({"model_config": json.dumps(TINY | {"hidden_size": 33})}, "hidden_size=33"),
+        (
+            {"model_config": json.dumps(TINY | {"order": "autoregressive"}), "num_inference_steps": 3},
+            "--num_inference_steps 3: .* tokens, 8",
+        ),
         ({"split": "val"}, "val"),
         ({"num_validation_images": 99}, "99 images cannot be held out"),
     ],

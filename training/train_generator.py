@@ -145,7 +145,8 @@ def read_model_config(args: argparse.Namespace, tokens: TokenSet) -> dict[str, A
     The generator's fields, without its weights: some are given, the tokens determine the others.
 
     Raises:
-        ValueError: If a field is wrong, or the generator to start from is for other tokens or classes.
+        ValueError: If a field is wrong, or the generator to start from is for other tokens or classes, or its order does
+            not go with the options.
     """
     identity, names = tokens.identity, tokens.class_names
     determined = {
@@ -163,7 +164,14 @@ def read_model_config(args: argparse.Namespace, tokens: TokenSet) -> dict[str, A
                 f"{source} has a generator of {name}={given[name]!r}; --train_tokens_dir has {determined[name]!r}"
             )
     with torch.device("meta"):
-        return config_entries(FlowMoTokenGenerator.from_config({**determined, **given}))
+        config = config_entries(FlowMoTokenGenerator.from_config({**determined, **given}))
+    steps = args.num_inference_steps
+    if config["order"] == "autoregressive" and steps not in (None, config["num_tokens"]):
+        raise ValueError(
+            f"--num_inference_steps {steps}: an autoregressive generator has as many steps as there are tokens, "
+            f"{config['num_tokens']}"
+        )
+    return config
 
 
 class GeneratorTask(Task):

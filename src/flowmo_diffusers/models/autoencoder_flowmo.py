@@ -81,6 +81,8 @@ class FlowMoAutoencoder(WholeCheckpointsOnly, ModelMixin, AutoencoderMixin, Atte
     _supports_gradient_checkpointing = True
     _no_split_modules = ["FlowMoBlock"]
     _repeated_blocks = ["FlowMoBlock"]
+    # All children: offloading then hooks the trunks, which `encode` runs, not this class's forward, which it does not.
+    _group_offload_block_modules = ["encoder", "quantize", "decoder"]
     _skip_layerwise_casting_patterns = ["patch_in", "token_in", "time_in", "norm", "head"]
 
     @register_to_config
@@ -158,8 +160,7 @@ class FlowMoAutoencoder(WholeCheckpointsOnly, ModelMixin, AutoencoderMixin, Atte
             ValueError: If the images do not have this shape.
         """
         self._check_images(images, "images")
-        slices = images.split(1) if self.use_slicing else [images]
-        latents = torch.cat([self._latents(part) for part in slices])
+        latents = self._latents(images)
         quantized = self.quantize(latents, generator)
         if not return_dict:
             return latents, quantized.codes, quantized.indices
@@ -249,10 +250,13 @@ class FlowMoAutoencoder(WholeCheckpointsOnly, ModelMixin, AutoencoderMixin, Atte
         self._check_codes(codes)
         return [row.tobytes() for row in quantizer.pack(codes).cpu().numpy()]
 
-    def unpack_codes(self, packed: bytes | Sequence[bytes]) -> torch.Tensor:
+    def unpack_codes(self, packed: bytes | Sequence[bytes], device: torch.device | None = None) -> torch.Tensor:
         """
         The inverse of [`~FlowMoAutoencoder.pack_codes`]: one `bytes` object, or one an image, to codes
-        (b, tokens, channels) on this model's device and in its dtype.
+        (b, tokens, channels) in this model's dtype.
+
+        Args:
+            device: Of the codes. Default: the model's, which a model that is offloaded layer by layer does not have.
 
         Raises:
             ValueError: If a length is wrong or the padding behind the last bit is not zero.
@@ -267,9 +271,11 @@ class FlowMoAutoencoder(WholeCheckpointsOnly, ModelMixin, AutoencoderMixin, Atte
         if np.any(buffer[:, -1] & ((1 << -count % 8) - 1)):
             raise ValueError(f"packed codes have bits set behind the last of {count} bits: not this model's codes")
         codes = quantizer.unpack(torch.from_numpy(buffer.copy()), self.config.num_latent_tokens)
-        return codes.to(self.device, self.dtype)
+        return codes.to(self.device if device is None else device, self.dtype)
 
     def _latents(self, images: torch.Tensor) -> torch.Tensor:
+        if self.use_slicing and len(images) > 1:
+            return torch.cat([self._latents(image) for image in images.split(1)])
         patches = patchify(images, self.config.patch_size)
         return self.encoder(patches, self._grid(images), self.config.num_latent_tokens)
 
@@ -294,8 +300,14 @@ class FlowMoAutoencoder(WholeCheckpointsOnly, ModelMixin, AutoencoderMixin, Atte
             if code_mask.shape != codes.shape[:1]:
                 raise ValueError(f"code_mask has shape {tuple(code_mask.shape)}; expected ({codes.shape[0]},)")
             tokens = tokens * code_mask.to(tokens.dtype)[:, None, None]
+        if self.use_slicing and len(sample) > 1:
+            slices = zip(sample.split(1), timestep.expand(len(sample)).split(1), tokens.split(1), strict=True)
+            return torch.cat([self._decode(*part) for part in slices])
+        return self._decode(sample, timestep, tokens)
+
+    def _decode(self, sample: torch.Tensor, timestep: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         patches = patchify(sample, self.config.patch_size)
-        patches = self.decoder(patches, self._grid(sample), codes.shape[1], tokens.to(patches.dtype), timestep)
+        patches = self.decoder(patches, self._grid(sample), tokens.shape[1], tokens.to(patches.dtype), timestep)
         return unpatchify(patches, self.config.patch_size, *sample.shape[-2:])
 
     def _grid(self, images: torch.Tensor) -> tuple[int, int]:

@@ -130,6 +130,19 @@ class FlowMoTokenBlock(nn.Module):
         return x + (1 + gate2) * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
+class FlowMoGroupLinear(nn.Linear):
+    """One linear layer for each group: row g of the input meets the g-th share of the weight's rows."""
+
+    def __init__(self, dim: int, groups: int, values: int):
+        super().__init__(dim, groups * values)
+        self.groups = groups
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(b, n, groups, dim) to (b, n, groups, values)."""
+        weight, bias = (part.unflatten(0, (self.groups, -1)) for part in (self.weight, self.bias))
+        return torch.einsum("bngd,gvd->bngv", x, weight) + bias
+
+
 class FlowMoTokenHead(nn.Module):
     """
     One softmax head for each group of bits, after a norm that depends on the class.
@@ -144,7 +157,9 @@ class FlowMoTokenHead(nn.Module):
         self.groups = groups
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(dim, 2 * dim)
-        self.linear = nn.Linear(dim, groups * 2**group_bits)
+        self.linear = (
+            FlowMoGroupLinear(dim, groups, 2**group_bits) if ordered else nn.Linear(dim, groups * 2**group_bits)
+        )
         self.ordered = ordered
         if ordered:
             self.own_bits = nn.Linear((groups - 1) * group_bits, dim)  # no group follows on the last one
@@ -165,9 +180,7 @@ class FlowMoTokenHead(nn.Module):
         known = bits[:, :, None, :-1] * before[:, :, None]
         x = x[:, :, None] + self.own_bits(known.flatten(3))
         x = x + self.mlp(self.norm(x))
-        x = modulate(self.norm(x), shift[:, None], scale[:, None])
-        weight, bias = (part.unflatten(0, (self.groups, -1)) for part in (self.linear.weight, self.linear.bias))
-        return torch.einsum("bngd,gvd->bngv", x, weight) + bias
+        return self.linear(modulate(self.norm(x), shift[:, None], scale[:, None]))
 
 
 class FlowMoTokenGenerator(WholeCheckpointsOnly, ModelMixin, AttentionMixin, ConfigMixin):
