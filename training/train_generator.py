@@ -145,8 +145,8 @@ def read_model_config(args: argparse.Namespace, tokens: TokenSet) -> dict[str, A
     The generator's fields, without its weights: some are given, the tokens determine the others.
 
     Raises:
-        ValueError: If a field is wrong, or the generator to start from is for other tokens or classes, or its order does
-            not go with the options.
+        ValueError: If a field is wrong, or the generator to start from is for other tokens or classes, or its order
+            does not go with the options.
     """
     identity, names = tokens.identity, tokens.class_names
     determined = {

@@ -9,11 +9,11 @@ as it gives keys and values.
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import TimestepEmbedding, apply_rotary_emb, get_timestep_embedding
+from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from torch import nn
 
-from flowmo_diffusers.models.rotary import Rotary, rotary_table, scale_rope_axes
+from flowmo_diffusers.models.attention import attend
+from flowmo_diffusers.models.rotary import rotary_table, rotate, scale_rope_axes
 
 
 # Latent tokens and patches, each (b, length, dim); `None` for a stream that attention leaves as it is.
@@ -59,14 +59,14 @@ class FusedProjection(nn.Linear):
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMS norm in float32, scale included, whatever the dtype of the weights and of the input."""
+    """RMS norm to float32, scale included, whatever the dtype of the weights and of the input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
 
 
 class FlowMoStreamProjections(nn.Module):
-    """What one stream brings to joint attention: fused projection, RMS norm of queries and keys, output."""
+    """What one stream brings to joint attention: fused projection, normed and turned queries and keys, output."""
 
     def __init__(self, dim: int, num_heads: int, context_only: bool):
         super().__init__()
@@ -77,11 +77,13 @@ class FlowMoStreamProjections(nn.Module):
         self.norm_k = HeadNorm(head_dim, eps=1e-6)
         self.to_out = None if context_only else nn.Linear(dim, dim)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, rotary: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """(b, length, dim) to queries (`None` in a context stream), keys, values: (b, length, heads, head width)."""
         heads = self.to_qkv(x).unflatten(-1, (-1, self.num_heads, x.shape[-1] // self.num_heads))
         *query, key, value = heads.unbind(2)
-        return self.norm_q(query[0]) if query else None, self.norm_k(key), value
+        # In float32 from the norm on, and rounded once.
+        query = rotate(self.norm_q(query[0]), rotary).to(value.dtype) if query else None
+        return query, rotate(self.norm_k(key), rotary).to(value.dtype), value
 
 
 class FlowMoAttnProcessor:
@@ -91,23 +93,17 @@ class FlowMoAttnProcessor:
     _parallel_config = None
 
     def __call__(
-        self, attn: "FlowMoAttention", tokens: torch.Tensor, patches: torch.Tensor, rotary: Rotary
+        self, attn: "FlowMoAttention", tokens: torch.Tensor, patches: torch.Tensor, rotary: torch.Tensor
     ) -> Streams:
-        token_query, token_key, token_value = attn.tokens(tokens)
-        patch_query, patch_key, patch_value = attn.patches(patches)
-        query = torch.cat([q for q in (token_query, patch_query) if q is not None], dim=1)
-        key = torch.cat([token_key, patch_key], dim=1)
-        value = torch.cat([token_value, patch_value], dim=1)
-
-        start = tokens.shape[1] if token_query is None else 0
-        query_rotary = tuple(table[start : start + query.shape[1]] for table in rotary)
-        attended = dispatch_attention_fn(
-            apply_rotary_emb(query, query_rotary, sequence_dim=1),
-            apply_rotary_emb(key, rotary, sequence_dim=1),
-            value,
-            scale=attn.scale,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
+        token_query, token_key, token_value = attn.tokens(tokens, rotary[: tokens.shape[1]])
+        patch_query, patch_key, patch_value = attn.patches(patches, rotary[tokens.shape[1] :])
+        attended = attend(
+            torch.cat([query for query in (token_query, patch_query) if query is not None], dim=1),
+            torch.cat([token_key, patch_key], dim=1),
+            torch.cat([token_value, patch_value], dim=1),
+            attn.scale,
+            self._attention_backend,
+            self._parallel_config,
         ).flatten(2)
 
         num_tokens = 0 if token_query is None else tokens.shape[1]
@@ -138,7 +134,7 @@ class FlowMoAttention(nn.Module, AttentionModuleMixin):
         self.patches = FlowMoStreamProjections(dim, num_heads, context_only=context == "patches")
         self.set_processor(self._default_processor_cls())
 
-    def forward(self, tokens: torch.Tensor, patches: torch.Tensor, rotary: Rotary) -> Streams:
+    def forward(self, tokens: torch.Tensor, patches: torch.Tensor, rotary: torch.Tensor) -> Streams:
         return self.processor(self, tokens, patches, rotary)
 
 
@@ -203,7 +199,7 @@ class FlowMoBlock(nn.Module):
         self.patches = FlowMoStream(dim, mlp_ratio, timed, context_only=context == "patches")
 
     def forward(
-        self, tokens: torch.Tensor, patches: torch.Tensor, time: torch.Tensor | None, rotary: Rotary
+        self, tokens: torch.Tensor, patches: torch.Tensor, time: torch.Tensor | None, rotary: torch.Tensor
     ) -> Streams:
         """
         Args:

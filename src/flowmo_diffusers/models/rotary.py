@@ -7,12 +7,9 @@ import torch
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
 
-Rotary = tuple[torch.Tensor, torch.Tensor]
-
-
 def rotary_table(
     num_tokens: int, rows: int, columns: int, axes: tuple[int, ...], theta: float, device: torch.device
-) -> Rotary:
+) -> torch.Tensor:
     """
     Cosines and sines for a sequence of `num_tokens` latent tokens followed by `rows x columns` patches.
 
@@ -23,7 +20,7 @@ def rotary_table(
         axes: Even channel widths of the three axes; their sum is the head width.
 
     Returns:
-        Two float32 tensors of shape (num_tokens + rows * columns, head width); neighbours 2k and 2k + 1 form a pair.
+        Float32 (num_tokens + rows * columns, head width / 2, 2): of each pair of channels, cosine and sine.
     """
     # While a graph is traced, sizes and tensors are symbols: kept, they would reach later calls outside of the graph.
     if torch.compiler.is_compiling():
@@ -32,7 +29,7 @@ def rotary_table(
 
 
 @lru_cache(maxsize=64)
-def _cached_table(*sizes) -> Rotary:
+def _cached_table(*sizes) -> torch.Tensor:
     # A table born under inference mode could not be saved for backward by a later training step.
     with torch.inference_mode(False):
         return _compute_table(*sizes)
@@ -40,7 +37,7 @@ def _cached_table(*sizes) -> Rotary:
 
 def _compute_table(
     num_tokens: int, rows: int, columns: int, axes: tuple[int, ...], theta: float, device: torch.device
-) -> Rotary:
+) -> torch.Tensor:
     tokens = torch.arange(num_tokens, device=device)[:, None].expand(-1, 3)
     row, column = torch.meshgrid(
         torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
@@ -50,14 +47,21 @@ def _compute_table(
 
     # Angles in float64, hence on the CPU, since not every device has it: one row for each number along an axis.
     numbers = torch.arange(max(num_tokens, rows, columns), dtype=torch.float64, device="cpu")
-    tables = [
-        get_1d_rotary_pos_embed(width, numbers, theta, use_real=True, freqs_dtype=torch.float64) for width in axes
-    ]
-    cosines, sines = (
-        torch.cat([table.to(device)[positions[:, axis]] for axis, table in enumerate(parts)], dim=-1)
-        for parts in zip(*tables, strict=True)
-    )
-    return cosines, sines
+    turns = [get_1d_rotary_pos_embed(width, numbers, theta, freqs_dtype=torch.float64) for width in axes]
+    tables = [torch.view_as_real(turn).float().to(device) for turn in turns]
+    return torch.cat([table[positions[:, axis]] for axis, table in enumerate(tables)], dim=1)
+
+
+def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """
+    Turns each pair of neighbouring channels 2k and 2k + 1 of float32 `x` (b, length, heads, head width) by its angle:
+    (a + i b) e^(i angle). See [`rotary_table`] for `table`, of the same length.
+    """
+    pairs, turns = x.unflatten(-1, (-1, 2)), table[:, None]
+    if torch.compiler.is_compiling():  # which makes no code for complex numbers
+        (a, b), (cosine, sine) = pairs.unbind(-1), turns.unbind(-1)
+        return torch.stack([a * cosine - b * sine, a * sine + b * cosine], dim=-1).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns)).flatten(-2)
 
 
 def scale_rope_axes(rope_axes: Sequence[int], head_dim: int) -> tuple[int, ...]:

@@ -73,7 +73,7 @@ class FlowMoTokenAttnProcessor:
 
     def __call__(self, attn: "FlowMoTokenAttention", x: torch.Tensor, cache: KeyValues | None) -> torch.Tensor:
         query, key, value = attn.to_qkv(x).unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
-        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)
         if cache is not None:
             key, value = cache.extend(key, value)
         attended = dispatch_attention_fn(
