@@ -70,13 +70,12 @@ def launched(main: Callable, args: Any, start: Callable[[], None] | None) -> Non
     main(args)
 
 
-def shard_blocks(block: str) -> None:
-    """Makes the Accelerators of this process shard such modules by FSDP2: its launcher does so on GPUs only."""
+def shard_blocks() -> None:
+    """The Accelerators of this process shard models block by block by FSDP2: its launcher does so on GPUs only."""
     Accelerator(cpu=True)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=[block],
         reshard_after_forward=True,
         state_dict_type="SHARDED_STATE_DICT",
     )

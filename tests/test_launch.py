@@ -54,7 +54,6 @@ def test_sharding_that_does_not_work_here(tmp_path, settings, missing):
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["FlowMoBlock"],
         **settings,
     )
     for state in (PartialState, AcceleratorState):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -45,8 +44,6 @@ OPTIONS = {
     "mixed_precision": "no",
     "entropy_weight": 0.1,  # more than the paper's, so that a wrong entropy shows in the weights
 }
-
-SHARD = partial(shard_blocks, "FlowMoBlock")
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +154,10 @@ def test_sharded_by_fsdp2(run, tmp_path, stage):
         options |= {"stage": stage, "model_config": None, "pretrained_model_name_or_path": tmp_path / "pre"}
         options |= {"chain_steps": 2, "perceptual_weight": 1.0}
     one = run(tmp_path / "one", **options)
-    assert_same_run(run(tmp_path / "two", 2, SHARD, **options, train_batch_size=4), one)
+    assert_same_run(run(tmp_path / "two", 2, shard_blocks, **options, train_batch_size=4), one)
 
     # Killed at step 3, resumed from step 2, with the encoder frozen since.
     shutil.copytree(tmp_path / "two", tmp_path / "again", ignore=shutil.ignore_patterns("checkpoint-4", "logs"))
     options |= {"resume_from_checkpoint": "latest"}
     last_steps = {name: values[2:] for name, values in one[0].items()}
-    assert_same_run(run(tmp_path / "again", 2, SHARD, **options, train_batch_size=4), (last_steps, *one[1:]))
+    assert_same_run(run(tmp_path / "again", 2, shard_blocks, **options, train_batch_size=4), (last_steps, *one[1:]))

@@ -690,3 +690,19 @@ def test_components_can_be_given_to_from_pretrained(tiny_pipeline, tmp_path):
     scheduler = FlowMoScheduler(solver="heun")
     assert FlowMoPipeline.from_pretrained(tmp_path, scheduler=scheduler).scheduler is scheduler
     assert FlowMoPipeline.from_pretrained(tmp_path, autoencoder=None).autoencoder is None
+
+
+def test_compiled_blocks_serve_every_step(tiny_pipeline: FlowMoPipeline) -> None:
+    """Catches graph breaks, widths taken for variable, and kinds of blocks that use up each other's compiled versions:
+    once guided and unguided steps have been seen, nothing is compiled again, whatever the batch."""
+    pipe, options = tiny_pipeline, {"output_type": "pt", "num_inference_steps": 4}
+    expected = pipe(tensors(3), latents=noise(3), **options).images
+    torch._dynamo.reset()
+    pipe.autoencoder.compile_repeated_blocks(backend="eager", fullgraph=True)
+    for count in (2, 3):
+        pipe(tensors(count), latents=noise(count), **options)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        pipe(tensors(5), latents=noise(5), **options)
+        compiled = pipe(tensors(3), latents=noise(3), **options).images
+    torch.testing.assert_close(compiled, expected)
+    torch._dynamo.reset()

@@ -369,11 +369,13 @@ def test_fsdp_is_version_2_of_our_blocks(name):
     assert plugin.fsdp_version == 2
     assert plugin.reshard_after_forward is True
     assert plugin.auto_wrap_policy is transformer_auto_wrap_policy
-    assert plugin.transformer_cls_names_to_wrap == FlowMoAutoencoder._no_split_modules
     assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
     assert not plugin.activation_checkpointing and not plugin.cpu_ram_efficient_loading
     with patch_environment(**environment), torch.device("meta"):
-        plugin.set_auto_wrap_policy(FlowMoAutoencoder())  # raises if there is no such class in the model
+        model = FlowMoAutoencoder(encoder_num_layers=1)
+        plugin.set_auto_wrap_policy(model)  # raises if there is no such class in the model
+    wrapped = plugin.auto_wrap_policy.keywords["transformer_layer_cls"]
+    assert wrapped == {type(block) for block in [*model.encoder.blocks, *model.decoder.blocks]} and len(wrapped) == 3
 
 
 def test_deepspeed_is_stage_2_without_clipping():

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -258,7 +257,7 @@ def test_class_samples_has_a_row_for_each_class(train, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", [None, partial(shard_blocks, "FlowMoTokenBlock")], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("start", [None, shard_blocks], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("order", ["masked", "autoregressive"])
 def test_two_processes_are_one(train, tokens, tmp_path, order, start):
     """Draws, losses, averages, figures or an export that depend on how a run is spread."""

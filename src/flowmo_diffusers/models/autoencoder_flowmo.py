@@ -16,7 +16,7 @@ from torch import nn
 
 from flowmo_diffusers.engine.seeding import Generators
 from flowmo_diffusers.models.loading import WholeCheckpointsOnly
-from flowmo_diffusers.models.mmdit import FlowMoTrunk, patchify, unpatchify
+from flowmo_diffusers.models.mmdit import BLOCKS, FlowMoTrunk, patchify, unpatchify
 from flowmo_diffusers.models.quantizers import build_quantizer
 from flowmo_diffusers.models.rotary import scale_rope_axes
 
@@ -79,8 +79,8 @@ class FlowMoAutoencoder(WholeCheckpointsOnly, ModelMixin, AutoencoderMixin, Atte
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["FlowMoBlock"]
-    _repeated_blocks = ["FlowMoBlock"]
+    _no_split_modules = [block.__name__ for block in BLOCKS]
+    _repeated_blocks = [block.__name__ for block in BLOCKS]
     # All children: offloading then hooks the trunks, which `encode` runs, not this class's forward, which it does not.
     _group_offload_block_modules = ["encoder", "quantize", "decoder"]
     _skip_layerwise_casting_patterns = ["patch_in", "token_in", "time_in", "norm", "head"]
@@ -131,6 +131,9 @@ class FlowMoAutoencoder(WholeCheckpointsOnly, ModelMixin, AutoencoderMixin, Atte
             **trunk,
         )
         self.use_slicing = False
+        # FSDP looks for every one of these, and a trunk of one block has the last kind only.
+        built = {type(block).__name__ for block in [*self.encoder.blocks, *self.decoder.blocks]}
+        self._no_split_modules = [name for name in self._no_split_modules if name in built]
 
     @property
     def bits_per_token(self) -> int:

@@ -189,7 +189,7 @@ class FlowMoBlock(nn.Module):
 
     Args:
         timed: Whether the block is modulated by time. Without it modulation is the identity and gates are one.
-        context: The stream ("tokens" or "patches") of a last block that only gives keys and values, or `None`.
+        context: The stream ("tokens" or "patches") that only gives keys and values, or `None`.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, timed: bool, context: str | None = None):
@@ -219,6 +219,33 @@ class FlowMoBlock(nn.Module):
         if patch_attended is not None:
             patches = self.patches.after_attention(patches, patch_attended, patch_rest)
         return tokens, patches
+
+
+# `torch.compile` keeps few versions of a function, and takes a width for variable that is another one at the next
+# call. So each kind of block has a `forward` of its own, compiled once for all blocks of its kind.
+
+
+class FlowMoEncoderBlock(FlowMoBlock):
+    def forward(self, *streams) -> Streams:
+        return super().forward(*streams)
+
+
+class FlowMoEncoderLastBlock(FlowMoBlock):
+    def forward(self, *streams) -> Streams:
+        return super().forward(*streams)
+
+
+class FlowMoDecoderBlock(FlowMoBlock):
+    def forward(self, *streams) -> Streams:
+        return super().forward(*streams)
+
+
+class FlowMoDecoderLastBlock(FlowMoBlock):
+    def forward(self, *streams) -> Streams:
+        return super().forward(*streams)
+
+
+BLOCKS = [FlowMoEncoderBlock, FlowMoEncoderLastBlock, FlowMoDecoderBlock, FlowMoDecoderLastBlock]
 
 
 class FlowMoReadout(nn.Module):
@@ -277,10 +304,10 @@ class FlowMoTrunk(nn.Module):
         else:
             bound = token_features**-0.5
             self.latent_token = nn.Parameter(torch.empty(dim).uniform_(-bound, bound))
-        self.blocks = nn.ModuleList(
-            FlowMoBlock(dim, num_heads, mlp_ratio, timed, context if layer == num_layers - 1 else None)
-            for layer in range(num_layers)
-        )
+        block, last_block = BLOCKS[2:] if timed else BLOCKS[:2]
+        sizes = (dim, num_heads, mlp_ratio, timed)
+        self.blocks = nn.ModuleList(block(*sizes) for _ in range(num_layers - 1))
+        self.blocks.append(last_block(*sizes, context))
         self.head = FlowMoReadout(dim, patch_features if timed else token_features, timed)
         self.gradient_checkpointing = False
 
@@ -305,7 +332,7 @@ class FlowMoTrunk(nn.Module):
         patches = self.patch_in(patches)
         if self.readout == "tokens":
             time = None
-            tokens = self.latent_token.to(patches.dtype).expand(patches.shape[0], num_tokens, -1)
+            tokens = self.latent_token.to(patches.dtype).repeat(patches.shape[0], num_tokens, 1)
         else:
             # Features in float32 whatever the model's dtype: neighbouring times differ in the last bits of 1000 t.
             features = get_timestep_embedding(timestep.float() * TIME_SCALE, TIME_FEATURES, True, 0)
