@@ -249,8 +249,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before each operation and after the last: a device that is shared has its peak only now and then.
     peaks = [matmul_flops_per_second(work.device, work.dtype)]
     for name in args.operations:
-        print(name, file=sys.stderr, flush=True)
         results[name] = run(name, args, work, reference)
+        times = [
+            f"{side} {1e3 * results[name][side]['median_seconds']:.4g} ms"
+            for side in (OURS, THEIRS)
+            if side in results[name]
+        ]
+        print(f"{name}: {', '.join(times)}", file=sys.stderr, flush=True)
         let_go(work.device)
         peaks.append(matmul_flops_per_second(work.device, work.dtype))
     peak = max(peaks)

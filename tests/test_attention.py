@@ -79,7 +79,7 @@ def test_bfloat16_is_as_exact_as_flash() -> None:
 def test_when_it_is_taken(monkeypatch, dtype, backend, fast_products: bool, taken: bool) -> None:
     """Catches it where it is slower, and a backend that was asked for and is not taken."""
     calls = []
-    monkeypatch.setattr(attention, "_products_beat_flash", lambda: fast_products)
+    monkeypatch.setattr(attention, "PRODUCTS_BEAT_FLASH", fast_products)
     monkeypatch.setattr(attention, "attend_by_products", lambda *x: calls.append(1) or attend_by_products(*x))
     tensors = heads(4, 6, dtype)
     result = attend(*tensors, SCALE, backend)
@@ -92,7 +92,7 @@ def test_when_it_is_taken(monkeypatch, dtype, backend, fast_products: bool, take
 
 def test_models_train_and_compile_with_it(monkeypatch, tiny_autoencoder: FlowMoAutoencoder) -> None:
     """Catches an operator that breaks the graph of a compiled block, or has no gradient within one."""
-    monkeypatch.setattr(attention, "_products_beat_flash", lambda: True)
+    monkeypatch.setattr(attention, "PRODUCTS_BEAT_FLASH", True)
     x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
     def losses() -> Tensors:

@@ -1,12 +1,15 @@
 """Attention by the fastest way there is on the device at hand."""
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
+
+# PyTorch's flash attention multiplies bfloat16 on a CPU by AMX, and without it no faster than float32. Products of
+# matrices need AVX512-BF16 only, and are several times as fast with it.
+PRODUCTS_BEAT_FLASH = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 ROWS = 512  # queries at a time: their scores stay in the cache, and memory does not grow with the square of the length
 
@@ -24,18 +27,9 @@ def attend(
     on a CPU whose matrix products are fast and whose flash attention is not. A backend that is named is always taken.
     """
     unnamed = backend is None and parallel_config is None
-    if unnamed and query.device.type == "cpu" and query.dtype == torch.bfloat16 and _products_beat_flash():
+    if unnamed and query.device.type == "cpu" and query.dtype == torch.bfloat16 and PRODUCTS_BEAT_FLASH:
         return attend_by_products(query, key, value, scale)
     return dispatch_attention_fn(query, key, value, scale=scale, backend=backend, parallel_config=parallel_config)
-
-
-@lru_cache(maxsize=1)
-def _products_beat_flash() -> bool:
-    """
-    PyTorch's flash attention multiplies bfloat16 on a CPU by AMX, and without it no faster than float32. Products of
-    matrices need AVX512-BF16 only, with which they are several times as fast.
-    """
-    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 # An operator of its own, because its loops would become one large graph each time `torch.compile` meets it.
