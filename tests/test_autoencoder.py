@@ -8,11 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 from flowmo_diffusers import FlowMoAutoencoder
 from flowmo_diffusers.hub.published import published_shapes
-from flowmo_diffusers.models.mmdit import FlowMoAttnProcessor, FlowMoBlock, HeadNorm, patchify, unpatchify
+from flowmo_diffusers.models.mmdit import FlowMoAttnProcessor, FlowMoBlock, HeadNorm, StreamNorm, patchify, unpatchify
 from flowmo_diffusers.models.rotary import _cached_table, rotary_table, rotate
 from flowmo_diffusers.objectives.flow import FlowDraws
 from flowmo_diffusers.objectives.pretrain import pretraining_loss
@@ -604,6 +605,22 @@ def test_head_norm_does_not_round(dtype: torch.dtype) -> None:
     assert normed.dtype == torch.float32
     error = (normed.double() - exact).abs() / exact.abs().clamp_min(torch.finfo(torch.float32).tiny)
     assert error.max() < 3 * torch.finfo(torch.float32).eps
+
+
+def test_stream_norm_keeps_the_dtype(monkeypatch) -> None:
+    """Catches float32 copies of every norm's input and result, which the autocast of a GPU makes, and a mean or a
+    variance in bfloat16."""
+    within = []
+    layer_norm = F.layer_norm
+    monkeypatch.setattr(
+        F, "layer_norm", lambda *args, **options: within.append(torch.is_autocast_enabled("cpu")) or layer_norm(*args)
+    )
+    norm, x = StreamNorm(512), (torch.randn(64, 512, generator=torch.Generator().manual_seed(0)) + 30).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        normed = norm(x)
+    assert within == [False] and normed.dtype == torch.bfloat16
+    exact = F.layer_norm(x.double(), (512,), eps=1e-6)
+    assert (normed.double() - exact).abs().max() < torch.finfo(torch.bfloat16).eps * exact.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -58,6 +58,18 @@ class FusedProjection(nn.Linear):
         return F.linear(x, self.weight[dim:], self.bias[dim:])
 
 
+class StreamNorm(nn.LayerNorm):
+    """LayerNorm without affine, from and to the input's dtype. Autocast would keep the input and the result in float32
+    for the backward pass, more than all else of a block's norms; the mean and the variance are float32 in any case."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, eps=1e-6, elementwise_affine=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
+
+
 class HeadNorm(nn.RMSNorm):
     """RMS norm to float32, scale included, whatever the dtype of the weights and of the input."""
 
@@ -162,10 +174,10 @@ class FlowMoStream(nn.Module):
     def __init__(self, dim: int, mlp_ratio: float, timed: bool, context_only: bool):
         super().__init__()
         self.modulation = FlowMoModulation(dim) if timed else None
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm1 = StreamNorm(dim)
         if not context_only:
             hidden = int(dim * mlp_ratio)
-            self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+            self.norm2 = StreamNorm(dim)
             self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
 
     def before_attention(self, x: torch.Tensor, time: torch.Tensor | None) -> tuple[torch.Tensor, tuple | None]:
@@ -253,7 +265,7 @@ class FlowMoReadout(nn.Module):
 
     def __init__(self, dim: int, out_features: int, timed: bool):
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm = StreamNorm(dim)
         self.modulation = nn.Linear(dim, 2 * dim) if timed else None
         self.linear = nn.Linear(dim, out_features)
 
