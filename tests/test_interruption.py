@@ -655,7 +655,8 @@ def test_full_disk(server, images, tmp_path, disk, asked_to_stop):
             "the second save that fails is too many"
         )
         assert f"stopped at step {last}; the last good checkpoint is {folder / 'checkpoint-'}{kept[-1]}" in log_of(run)
-        assert re.search(rf"OSError: .*checkpoint-{last} could not be written", log_of(run))
+        # Not the error's name before it: a tracker's thread, whose disk is full too, may write between the two.
+        assert f"checkpoint-{last} could not be written" in log_of(run)
         assert "asked to stop" not in log_of(run)
         assert steps(folder) == kept
         assert not list(folder.rglob(".partial-*"))
