@@ -83,6 +83,8 @@ class TrainStep:
         return losses
 
     def _backward(self, batches: Sequence[Any], compute_losses: Callable[[Any], Losses]) -> Losses:
+        # Not after the update: what is free at the end of a step a CPU's allocator gives back, and asks for again.
+        self.optimizer.zero_grad()
         sums: Losses = {}
         for batch in batches:
             with self.accelerator.accumulate(self.model):
@@ -120,5 +122,4 @@ class TrainStep:
             self.optimizer.step()
         elif self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # float16: what overflows lowers the scale
-        self.optimizer.zero_grad()
         return not not_finite
