@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from operations import OPERATIONS, Operation, Workload, let_go
 from published import REFERENCE, Published
-from timing import Measurement, matmul_flops_per_second, measure, peak_memory
+from timing import Measurement, matmul_flops_per_second, measure, peak_memory, synchronize
+from torch.profiler import ProfilerActivity
 
 from flowmo_diffusers.metrics.report import environment, write_json
 
@@ -56,6 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--operations", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS), metavar="NAME")
     add("--reference", type=Path, help="checkout of the published code; needs einops")
     add("--reference_compile", choices=["none", "as-shipped"], default="none")
+    add("--profile", action="store_true", help="also show what the time of this library's calls is made of")
     args = parser.parse_args(argv)
     apply_workload_options(parser, args)
     if "generator_step" in args.operations or "generator_sample" in args.operations:
@@ -127,6 +129,19 @@ def describe(args: argparse.Namespace, work: Workload) -> dict[str, Any]:
     }
 
 
+def profile(operation: Operation, device: torch.device, rows: int = 12) -> dict[str, float]:
+    """Share of one call's time by operator of PyTorch, on the device itself; the largest, and "all else"."""
+    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        operation.run()
+        synchronize(device)
+    field = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    times = {event.key: getattr(event, field) for event in profiler.key_averages()}
+    whole = sum(times.values())
+    shares = {key: time / whole for key, time in sorted(times.items(), key=lambda item: -item[1])[:rows]}
+    return {**shares, "all else": 1 - sum(shares.values())}
+
+
 def figures(operation: Operation, measured: Measurement, flops: float | None) -> dict[str, Any]:
     """One side's, as plain JSON values. `flops` are of our operation, whatever the other side does on the way."""
     return {
@@ -173,6 +188,8 @@ def run(name: str, args: argparse.Namespace, work: Workload, reference: Publishe
         pairs = {"time": "median_seconds", "memory": "peak_bytes"}
         both = {kind: (result[OURS][key], result[THEIRS][key]) for kind, key in pairs.items()}
         result["ratios"] = {kind: a / b for kind, (a, b) in both.items() if a and b}
+    if args.profile:
+        result["profile"] = profile(ours, device)
     return result
 
 
@@ -266,6 +283,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reference is not None:
         text, wrong = comparison(results, 0 if exact(work) else 1)
         print(text)
+    for name, result in results.items():
+        if "profile" in result:
+            print(
+                f"{name}: "
+                + ", ".join(f"{key} {100 * share:.1f} %" for key, share in result["profile"].items())
+                + "\n"
+            )
     if args.json:
         write_json(args.json, {"environment": settings, "peak_flops_per_second": peak, "operations": results})
     for message in wrong:

@@ -126,9 +126,10 @@ def test_every_operation_runs_and_is_counted(presets, short_sampling, tmp_path, 
     """An operation that fails, a column or a figure that is missing, or FLOPs of another number of passes."""
     path = tmp_path / "out.json"
     options = [*presets, *ONCE, "--batch_size", "2", "--num_inference_steps", "4", "--chain_steps", "2"]
-    assert benchmark.main([*options, "--json", str(path)]) == 0
+    assert benchmark.main([*options, "--json", str(path), "--profile"]) == 0
     record = json.loads(path.read_text())
     found = record["operations"]
+    assert "aten::addmm" in found["encode"]["profile"] and sum(found["encode"]["profile"].values()) == pytest.approx(1)
     assert list(found) == list(operations.OPERATIONS)
     assert record["environment"]["packages"]["torch"] == torch.__version__
     config = record["environment"]["model_config"]
