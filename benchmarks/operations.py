@@ -293,15 +293,7 @@ def encode(work: Workload) -> Operation:
             return model.encode(images)
 
     flops = work.batch_size * encoder_flops(work.model_config, work.image_size, work.image_size)
-    return Operation(
-        run,
-        work.batch_size,
-        flops,
-        work.inference_precision,
-        lambda: weights_of(model),
-        lambda: {"latents": run().latents},
-        model,
-    )
+    return _inference(work, model, flops, run, lambda: {"latents": run().latents})
 
 
 def decode(work: Workload) -> Operation:
@@ -314,15 +306,7 @@ def decode(work: Workload) -> Operation:
             return model(noise, t, codes=codes).velocity
 
     flops = work.batch_size * decoder_flops(work.model_config, work.image_size, work.image_size)
-    return Operation(
-        run,
-        work.batch_size,
-        flops,
-        work.inference_precision,
-        lambda: weights_of(model),
-        lambda: {"velocity": run()},
-        model,
-    )
+    return _inference(work, model, flops, run, lambda: {"velocity": run()})
 
 
 def reconstruct(work: Workload) -> Operation:
@@ -344,6 +328,12 @@ def reconstruct(work: Workload) -> Operation:
     config, side, steps = work.model_config, work.image_size, work.num_inference_steps
     passes = steps + (guided_steps(steps) if work.guidance_scale != 1 else 0)
     flops = work.batch_size * (encoder_flops(config, side, side) + passes * decoder_flops(config, side, side))
+    return _inference(work, model, flops, run, outputs)
+
+
+def _inference(
+    work: Workload, model: FlowMoAutoencoder, flops: float, run: Callable, outputs: Callable[[], dict]
+) -> Operation:
     return Operation(run, work.batch_size, flops, work.inference_precision, lambda: weights_of(model), outputs, model)
 
 

@@ -7,9 +7,15 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
 
+def _cpu_has(feature: str) -> bool:
+    """Whether this CPU is known to have it; a PyTorch that cannot tell says no."""
+    probe = getattr(torch.cpu, f"_is_{feature}_supported", None)
+    return probe is not None and probe()
+
+
 # PyTorch's flash attention multiplies bfloat16 on a CPU by AMX, and without it no faster than float32. Products of
 # matrices need AVX512-BF16 only, and are several times as fast with it.
-PRODUCTS_BEAT_FLASH = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+PRODUCTS_BEAT_FLASH = _cpu_has("avx512_bf16") and not _cpu_has("amx_tile")
 
 ROWS = 512  # queries at a time: their scores stay in the cache, and memory does not grow with the square of the length
 
