@@ -226,7 +226,7 @@ def lfq_entropies(
     q(code | x) = softmax(2 <x, code> / 0.1) over {-1, 1}^K factorises into K independent bits with
     P(bit_d = 1) = sigmoid(4 x_d / 0.1). The first entropy is a sum of K binary ones; the mean distribution is
     A^T B / N, where A and B hold the N distributions of the low and the high half of the bits. Nothing of size
-    N x 2^K is formed.
+    N x 2^K is formed. Everything comes from the costs -log P, which are positive: no sum of them cancels.
 
     Args:
         vectors: Latent groups (N, K), of any floating dtype; computed in float32.
@@ -240,12 +240,11 @@ def lfq_entropies(
     """
     with torch.autocast(vectors.device.type, enabled=False):
         logits = vectors.float() * (4 / ENTROPY_TEMPERATURE)
-        # H(sigmoid(a)) is even in a; at a = -|a| both terms are small, so nothing cancels.
-        negative = -logits.abs()
-        per_sample = (F.softplus(negative) - negative * negative.sigmoid()).sum(-1).mean()
+        costs = F.softplus(torch.stack([logits, -logits], dim=1))  # (N, 2, K): -log P(bit_d = 0), -log P(bit_d = 1)
+        per_sample = (costs * (-costs).exp()).sum((1, 2)).mean()
 
         half = (vectors.shape[-1] + 1) // 2
-        low, high = _code_distribution(logits[:, :half]), _code_distribution(logits[:, half:])
+        low, high = _code_distribution(costs[..., :half]), _code_distribution(costs[..., half:])
         mean = high.T @ low / vectors.shape[0]
         if joint_mean is not None:
             mean = straight_through(joint_mean(mean.detach()), mean)
@@ -253,13 +252,12 @@ def lfq_entropies(
     return per_sample, codebook
 
 
-def _code_distribution(logits: torch.Tensor) -> torch.Tensor:
-    """Bit logits (N, k) to probabilities (N, 2^k) of the codes sum_d bit_d 2^d."""
-    ones, zeros = logits.sigmoid(), (-logits).sigmoid()
-    distribution = logits.new_ones(logits.shape[0], 1)
-    for one, zero in zip(ones.unbind(1), zeros.unbind(1), strict=True):
-        distribution = torch.cat([distribution * zero[:, None], distribution * one[:, None]], dim=1)
-    return distribution
+def _code_distribution(costs: torch.Tensor) -> torch.Tensor:
+    """Costs (N, 2, k) of the values of k bits to probabilities (N, 2^k) of the codes sum_d bit_d 2^d."""
+    k = costs.shape[-1]
+    places = torch.arange(k, device=costs.device)[:, None]
+    bits = (torch.arange(2**k, device=costs.device) >> places) & 1
+    return (costs.flatten(1) @ -torch.cat([1 - bits, bits]).to(costs.dtype)).exp()
 
 
 def build_quantizer(name: str, channels: int, codebook_bits: int, fsq_levels: int) -> nn.Module:
