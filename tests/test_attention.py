@@ -7,7 +7,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 
 from flowmo_diffusers import FlowMoAutoencoder
 from flowmo_diffusers.models import attention
-from flowmo_diffusers.models.attention import ROWS, attend, attend_by_products
+from flowmo_diffusers.models.attention import attend
+from flowmo_diffusers.models.attention_by_products import ROWS, attend_by_products
 
 
 SCALE = 0.3

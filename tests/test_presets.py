@@ -21,10 +21,13 @@ from accelerate.utils import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from flowmo_diffusers import FlowMoAutoencoder
 from flowmo_diffusers.hub.published import published_shapes
 from flowmo_diffusers.models import rotary
+from flowmo_diffusers.models.checkpointing import KEPT
 from flowmo_diffusers.objectives.cost import posttraining_flops, pretraining_flops
 from flowmo_diffusers.objectives.flow import FlowDraws
 from flowmo_diffusers.objectives.posttrain import ChainDraws, posttraining_loss
@@ -276,8 +279,18 @@ def saved_bytes(config: dict, batch: int, stage: str, chain_steps: int) -> int:
     x = torch.zeros(batch, 3, 256, 256)
     draws = FlowDraws(z=torch.zeros_like(x), t=torch.zeros(batch), code_mask=torch.ones(batch))
     chain = ChainDraws(z=torch.zeros_like(x), times=torch.zeros(batch, chain_steps + 1))
+
+    class Checkpointed(TorchDispatchMode):
+        """Of attention, checkpointing keeps the result."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func in KEPT and stage == "posttrain":
+                tree_map_only(torch.Tensor, pack, result)
+            return result
+
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", torch.bfloat16):
+    with hooks, Checkpointed(), torch.autocast("cpu", torch.bfloat16):
         if stage == "pretrain":
             pretraining_loss(model, x, draws)
         else:

@@ -1,7 +1,7 @@
 """FlowMoAutoencoder: encoder, quantizer and velocity decoder of FlowMo (arXiv 2503.11056, section 3.1)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from flowmo_diffusers.engine.seeding import Generators
+from flowmo_diffusers.models.checkpointing import checkpoint_but_attention
 from flowmo_diffusers.models.loading import WholeCheckpointsOnly
 from flowmo_diffusers.models.mmdit import BLOCKS, FlowMoTrunk, patchify, unpatchify
 from flowmo_diffusers.models.quantizers import build_quantizer
@@ -149,6 +150,13 @@ class FlowMoAutoencoder(WholeCheckpointsOnly, ModelMixin, AutoencoderMixin, Atte
         """The weight matrices of the blocks, whose norms training holds at their initial values (section 3.1)."""
         blocks = [*self.encoder.blocks, *self.decoder.blocks]
         return [module.weight for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
+        """
+        As `ModelMixin.enable_gradient_checkpointing`, with another default: in the backward pass a block computes all
+        but attention again, which would cost the most and keeps one stream more.
+        """
+        super().enable_gradient_checkpointing(gradient_checkpointing_func or checkpoint_but_attention)
 
     @apply_forward_hook
     def encode(

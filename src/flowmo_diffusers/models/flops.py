@@ -45,6 +45,13 @@ def decoder_flops(config: Mapping[str, Any], height: int, width: int) -> int:
     return read_in + time + _blocks(layers, dim, config["mlp_ratio"], kept=patches, context=tokens) + read_out
 
 
+def decoder_attention_flops(config: Mapping[str, Any], height: int, width: int) -> int:
+    """The part of [`decoder_flops`] that is attention itself: scores, and their product with the values."""
+    patches, both = _num_patches(config, height, width), _num_patches(config, height, width) + _num_tokens(config)
+    queries = (config["decoder_num_layers"] - 1) * both + patches  # the last block has the patches' alone
+    return _attention(queries, both, config["decoder_hidden_size"])
+
+
 def generator_flops(config: Mapping[str, Any]) -> int:
     """
     FLOPs of one pass over all tokens of one image.

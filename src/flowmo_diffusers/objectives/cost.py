@@ -8,7 +8,7 @@ they are no part of the model, and small beside it.
 from collections.abc import Mapping
 from typing import Any
 
-from flowmo_diffusers.models.flops import decoder_flops, encoder_flops, generator_flops
+from flowmo_diffusers.models.flops import decoder_attention_flops, decoder_flops, encoder_flops, generator_flops
 
 
 def pretraining_flops(config: Mapping[str, Any], height: int, width: int, encoder_trained: bool = True) -> int:
@@ -35,11 +35,14 @@ def posttraining_flops(
         config: The `config` of a [`FlowMoAutoencoder`].
         height: Of the image in pixels; a multiple of the patch size, as is `width`.
         chain_steps: Euler steps of the sampling chain.
-        recomputed: Count also the forwards that gradient checkpointing repeats, which a device must do and which do
-            not count in model FLOPs.
+        recomputed: Count also what gradient checkpointing repeats, each forward but its attention, which a device must
+            do and which does not count in model FLOPs.
     """
-    passes = (1 + chain_steps) * decoder_flops(config, height, width)
-    return encoder_flops(config, height, width) + (4 if recomputed else 3) * passes
+    image = (config, height, width)
+    a_pass = 3 * decoder_flops(*image)
+    if recomputed:
+        a_pass += decoder_flops(*image) - decoder_attention_flops(*image)
+    return encoder_flops(*image) + (1 + chain_steps) * a_pass
 
 
 def generator_training_flops(config: Mapping[str, Any]) -> int:
