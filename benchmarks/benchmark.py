@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from operations import OPERATIONS, Operation, Workload, let_go
+from operations import COMPILE_MODES, OPERATIONS, Operation, Workload, let_go
 from published import REFERENCE, Published
 from timing import Measurement, matmul_flops_per_second, measure, peak_memory, synchronize
 from torch.profiler import ProfilerActivity
@@ -83,7 +83,7 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
     add("--chain_steps", type=int, default=8)
     add("--perceptual", default="none", help="none, pooled (means of 4 x 4 pixels) or a name that training takes")
     add("--lfq_bits", type=int, help="of the LFQ loss; default: the model's codebook_bits")
-    add("--compile", choices=["none", "regional", "full"], default="none")
+    add("--compile", choices=["none", "regional", *COMPILE_MODES], default="none")
     add("--attention_backend", help="one of diffusers', e.g. native, flash")
     add("--warmup", type=int, default=2, help="calls that do not count")
     add("--repetitions", type=int, default=5, help="counted calls, at least")

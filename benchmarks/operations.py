@@ -49,6 +49,7 @@ TRAINING = Path(__file__).parents[1] / "training"
 GUIDANCE_INTERVAL = (0.17, 1.02)
 GENERATOR_STEPS, GENERATOR_GUIDANCE, NUM_CLASSES = 64, 2.0, 1000
 NUM_PHOTOS = 64
+COMPILE_MODES = {"full": "default", "graphs": "reduce-overhead"}
 
 
 @dataclass
@@ -88,7 +89,8 @@ class Workload:
         dtype: Of matrix products: in inference that of the weights (or of autocast, see `autocast`), in training that
             of autocast over float32 weights.
         autocast: Keep float32 weights under autocast in inference too, as the published code does.
-        compile: "none", "regional" (the repeated blocks) or "full" (each trunk as a whole).
+        compile: "none", "regional" (the repeated blocks), "full" (each trunk as a whole) or "graphs" (each trunk, its
+            kernels started together as a CUDA graph).
         perceptual: "none", "pooled" (the distance of 4 x 4 means, which costs next to nothing) or a name that training
             takes. Post-training takes "pooled" for "none": nothing else has a gradient through its chain.
     """
@@ -166,9 +168,9 @@ class Workload:
                 parameter += 0.02 * torch.randn_like(parameter)
         if self.attention_backend:
             model.set_attention_backend(self.attention_backend)
-        if self.compile == "full":
-            model.encoder.compile()
-            model.decoder.compile()
+        if self.compile in COMPILE_MODES:
+            model.encoder.compile(mode=COMPILE_MODES[self.compile])
+            model.decoder.compile(mode=COMPILE_MODES[self.compile])
         return nn.Module.to(model, dtype).eval()  # ModelMixin's own warns of every cast
 
     def inference_model(self) -> FlowMoAutoencoder:
@@ -407,8 +409,8 @@ def _token_generator(work: Workload) -> tuple[Any, FlowMoTokenGenerator]:
         model.set_attention_backend(work.attention_backend)
     if work.compile == "regional":
         model.compile_repeated_blocks()
-    elif work.compile == "full":
-        model.compile()
+    elif work.compile in COMPILE_MODES:
+        model.compile(mode=COMPILE_MODES[work.compile])
     return args, model
 
 
