@@ -129,7 +129,7 @@ def describe(args: argparse.Namespace, work: Workload) -> dict[str, Any]:
     }
 
 
-def profile(operation: Operation, device: torch.device, rows: int = 12) -> dict[str, float]:
+def profile(operation: Operation, device: torch.device, rows: int = 20) -> dict[str, float]:
     """Share of one call's time by operator of PyTorch, on the device itself; the largest, and "all else"."""
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profiler:

@@ -59,8 +59,10 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """
     pairs, turns = x.unflatten(-1, (-1, 2)), table[:, None]
     if torch.compiler.is_compiling():  # which makes no code for complex numbers
-        (a, b), (cosine, sine) = pairs.unbind(-1), turns.unbind(-1)
-        return torch.stack([a * cosine - b * sine, a * sine + b * cosine], dim=-1).flatten(-2)
+        cosine, sine = turns.unbind(-1)
+        quarter_further = torch.stack([-sine, cosine], dim=-1)
+        # No stack of results: it would be written to memory in float32.
+        return (pairs[..., :1] * turns + pairs[..., 1:] * quarter_further).flatten(-2)
     return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns)).flatten(-2)
 
 
