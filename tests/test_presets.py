@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from flowmo_diffusers import FlowMoAutoencoder
 from flowmo_diffusers.hub.published import published_shapes
-from flowmo_diffusers.models import rotary
+from flowmo_diffusers.models import quantizers, rotary
 from flowmo_diffusers.models.checkpointing import KEPT
 from flowmo_diffusers.objectives.cost import posttraining_flops, pretraining_flops
 from flowmo_diffusers.objectives.flow import FlowDraws
@@ -260,7 +260,8 @@ def fake_tensors(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(F, "layer_norm", as_on_a_gpu)
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
-    rotary._cached_table.cache_clear()  # no later test may find a table without numbers
+    for cached in (rotary._cached_table, quantizers._bits_of_codes):
+        cached.cache_clear()  # no later test may find a table without numbers
 
 
 def saved_bytes(config: dict, batch: int, stage: str, chain_steps: int) -> int:

@@ -7,6 +7,7 @@ the unweighted terms of the training loss. Terms are computed in float32 whateve
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -226,7 +227,7 @@ def lfq_entropies(
     q(code | x) = softmax(2 <x, code> / 0.1) over {-1, 1}^K factorises into K independent bits with
     P(bit_d = 1) = sigmoid(4 x_d / 0.1). The first entropy is a sum of K binary ones; the mean distribution is
     A^T B / N, where A and B hold the N distributions of the low and the high half of the bits. Nothing of size
-    N x 2^K is formed. Everything comes from the costs -log P, which are positive: no sum of them cancels.
+    N x 2^K is formed. Everything comes from log P of single bits, all negative: no sum of them cancels.
 
     Args:
         vectors: Latent groups (N, K), of any floating dtype; computed in float32.
@@ -240,11 +241,11 @@ def lfq_entropies(
     """
     with torch.autocast(vectors.device.type, enabled=False):
         logits = vectors.float() * (4 / ENTROPY_TEMPERATURE)
-        costs = F.softplus(torch.stack([logits, -logits], dim=1))  # (N, 2, K): -log P(bit_d = 0), -log P(bit_d = 1)
-        per_sample = (costs * (-costs).exp()).sum((1, 2)).mean()
+        log_p = F.logsigmoid(torch.stack([-logits, logits], dim=1))  # (N, 2, K): of bit_d = 0 and of bit_d = 1
+        per_sample = -(log_p.exp() * log_p).sum((1, 2)).mean()
 
         half = (vectors.shape[-1] + 1) // 2
-        low, high = _code_distribution(costs[..., :half]), _code_distribution(costs[..., half:])
+        low, high = _code_distribution(log_p[..., :half]), _code_distribution(log_p[..., half:])
         mean = high.T @ low / vectors.shape[0]
         if joint_mean is not None:
             mean = straight_through(joint_mean(mean.detach()), mean)
@@ -252,12 +253,17 @@ def lfq_entropies(
     return per_sample, codebook
 
 
-def _code_distribution(costs: torch.Tensor) -> torch.Tensor:
-    """Costs (N, 2, k) of the values of k bits to probabilities (N, 2^k) of the codes sum_d bit_d 2^d."""
-    k = costs.shape[-1]
-    places = torch.arange(k, device=costs.device)[:, None]
-    bits = (torch.arange(2**k, device=costs.device) >> places) & 1
-    return (costs.flatten(1) @ -torch.cat([1 - bits, bits]).to(costs.dtype)).exp()
+def _code_distribution(log_p: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (N, 2, k) of the values of k bits to probabilities (N, 2^k) of the codes sum_d bit_d 2^d."""
+    return (log_p.flatten(1) @ _bits_of_codes(log_p.shape[-1], log_p.device)).exp()
+
+
+@lru_cache(maxsize=32)
+def _bits_of_codes(k: int, device: torch.device) -> torch.Tensor:
+    """Float32 (2 k, 2^k): for each code, 1 at the k bits that are 0 in it, then 1 at those that are 1."""
+    with torch.inference_mode(False):  # else no later training step could save it for backward
+        bits = (torch.arange(2**k, device=device) >> torch.arange(k, device=device)[:, None]) & 1
+        return torch.cat([1 - bits, bits]).float()
 
 
 def build_quantizer(name: str, channels: int, codebook_bits: int, fsq_levels: int) -> nn.Module:
