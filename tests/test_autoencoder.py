@@ -505,21 +505,22 @@ def test_rotary_table_by_definition(rows: int, columns: int) -> None:
     axes, theta, num_tokens = (2, 4, 6), 100.0, 4
     table = rotary_table(num_tokens, rows, columns, axes, theta, torch.device("cpu"))
     positions = [(i, i, i) for i in range(num_tokens)] + [(0, r, c) for r in range(rows) for c in range(columns)]
-    assert table.shape == (len(positions), 6, 2) and table.dtype == torch.float32
+    assert table.shape == (len(positions), 6, 2, 2) and table.dtype == torch.float32
     for place, position in enumerate(positions):
         angles = [
             position[axis] * theta ** (-2 * pair / width)
             for axis, width in enumerate(axes)
             for pair in range(width // 2)
         ]
-        assert table[place, :, 0].tolist() == pytest.approx([math.cos(angle) for angle in angles], abs=1e-7)
-        assert table[place, :, 1].tolist() == pytest.approx([math.sin(angle) for angle in angles], abs=1e-7)
+        turns = [[(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))] for angle in angles]
+        torch.testing.assert_close(table[place], torch.tensor(turns), atol=1e-7, rtol=0)
 
 
 def test_rotation_by_definition() -> None:
     """Catches pairs that are not neighbours, a turn the other way, heads that differ, and compiled code that does."""
     x, angles = torch.randn(2, 5, 3, 8), torch.rand(5, 4) * 6
-    table = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    first, second = (torch.stack([turn.cos(), turn.sin()], dim=-1) for turn in (angles, angles + math.pi / 2))
+    table = torch.stack([first, second], dim=-2)
     rotated = rotate(x, table)
     for k in range(4):
         (a, b), angle = (x[..., 2 * k], x[..., 2 * k + 1]), angles[:, k, None]
@@ -560,7 +561,7 @@ def test_tables_ignore_the_default_device() -> None:
     _cached_table.cache_clear()
     with torch.device("meta"):
         table = rotary_table(8, 4, 4, (4, 6, 6), 10000.0, torch.device("cpu"))
-    assert table.device.type == "cpu" and table[0].tolist() == [[1.0, 0.0]] * 8
+    assert table.device.type == "cpu" and table[0].tolist() == [[[1.0, 0.0], [0.0, 1.0]]] * 8
 
 
 # Numbers

@@ -11,7 +11,7 @@ def rotary_table(
     num_tokens: int, rows: int, columns: int, axes: tuple[int, ...], theta: float, device: torch.device
 ) -> torch.Tensor:
     """
-    Cosines and sines for a sequence of `num_tokens` latent tokens followed by `rows x columns` patches.
+    Rotations for a sequence of `num_tokens` latent tokens followed by `rows x columns` patches.
 
     Token i sits at (i, i, i), a patch at (0, row, column). Tables depend on sizes only, so each is computed once and
     reused by every later forward.
@@ -20,7 +20,8 @@ def rotary_table(
         axes: Even channel widths of the three axes; their sum is the head width.
 
     Returns:
-        Float32 (num_tokens + rows * columns, head width / 2, 2): of each pair of channels, cosine and sine.
+        Float32 (num_tokens + rows * columns, head width / 2, 2, 2): for each pair of channels what becomes of its
+        unit vectors, (cosine, sine) of the first and (-sine, cosine) of the second.
     """
     # While a graph is traced, sizes and tensors are symbols: kept, they would reach later calls outside of the graph.
     if torch.compiler.is_compiling():
@@ -49,7 +50,8 @@ def _compute_table(
     numbers = torch.arange(max(num_tokens, rows, columns), dtype=torch.float64, device="cpu")
     turns = [get_1d_rotary_pos_embed(width, numbers, theta, freqs_dtype=torch.float64) for width in axes]
     tables = [torch.view_as_real(turn).float().to(device) for turn in turns]
-    return torch.cat([table[positions[:, axis]] for axis, table in enumerate(tables)], dim=1)
+    cosine, sine = torch.cat([table[positions[:, axis]] for axis, table in enumerate(tables)], dim=1).unbind(-1)
+    return torch.stack([cosine, sine, -sine, cosine], dim=-1).unflatten(-1, (2, 2))
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -57,13 +59,10 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     Turns each pair of neighbouring channels 2k and 2k + 1 of float32 `x` (b, length, heads, head width) by its angle:
     (a + i b) e^(i angle). See [`rotary_table`] for `table`, of the same length.
     """
-    pairs, turns = x.unflatten(-1, (-1, 2)), table[:, None]
+    pairs, (first, second) = x.unflatten(-1, (-1, 2)), table[:, None].unbind(-2)
     if torch.compiler.is_compiling():  # which makes no code for complex numbers
-        cosine, sine = turns.unbind(-1)
-        quarter_further = torch.stack([-sine, cosine], dim=-1)
-        # No stack of results: it would be written to memory in float32.
-        return (pairs[..., :1] * turns + pairs[..., 1:] * quarter_further).flatten(-2)
-    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns)).flatten(-2)
+        return (pairs[..., :1] * first + pairs[..., 1:] * second).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(first)).flatten(-2)
 
 
 def scale_rope_axes(rope_axes: Sequence[int], head_dim: int) -> tuple[int, ...]:
