@@ -26,15 +26,16 @@ _this_thread = threading.local()  # whose `keeping` is the mode that attention i
 
 def checkpoint_but_attention(block: nn.Module, *args: Any) -> Any:
     """
-    A block's result; in the backward pass everything in it is computed again but attention, of which the result stays
-    in memory beside the block's inputs. Attention that is no operator of PyTorch's own is computed again.
+    The result of a block that draws nothing at random. In the backward pass everything in it is computed again but
+    attention, of which the result stays in memory beside the block's inputs. Attention that is no operator of
+    PyTorch's own is computed again too.
     """
     contexts = partial(create_selective_checkpoint_contexts, KEPT)
     # PyTorch's way looks at every operator from Python, of which a compiled block has few, and an eager one so many
     # that attention alone is shown to it.
-    if block._compiled_call_impl is None and not torch.compiler.is_compiling():
-        return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: map(_for_attention, contexts()))
-    return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
+    eager = block._compiled_call_impl is None and not torch.compiler.is_compiling()
+    context_fn = (lambda: map(_for_attention, contexts())) if eager else contexts
+    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
 
 
 def kept_for_backward() -> AbstractContextManager:
