@@ -84,6 +84,7 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
     add("--perceptual", default="none", help="none, pooled (means of 4 x 4 pixels) or a name that training takes")
     add("--lfq_bits", type=int, help="of the LFQ loss; default: the model's codebook_bits")
     add("--compile", choices=["none", "regional", *COMPILE_MODES], default="none")
+    add("--activation_memory_budget", type=float, default=1.0, help="of compiled training steps")
     add("--attention_backend", help="one of diffusers', e.g. native, flash")
     add("--warmup", type=int, default=2, help="calls that do not count")
     add("--repetitions", type=int, default=5, help="counted calls, at least")
@@ -112,8 +113,15 @@ def apply_workload_options(parser: argparse.ArgumentParser, args: argparse.Names
 def build_workload(args: argparse.Namespace, **changes) -> Workload:
     """The workload that the options describe, with some of its fields changed."""
     names = ("config", "generator_config", "batch_size", "image_size", "autocast", "compile", "attention_backend")
-    names += ("perceptual", "num_inference_steps", "guidance_scale", "chain_steps", "lfq_bits")
-    fields = {name: getattr(args, name) for name in names}
+    names += (
+        "activation_memory_budget",
+        "perceptual",
+        "num_inference_steps",
+        "guidance_scale",
+        "chain_steps",
+        "lfq_bits",
+    )
+    fields = {name: getattr(args, name) for name in (*names, "lfq_bits")}
     fields |= {"device": torch.device(args.device), "dtype": DTYPES[args.dtype], "overrides": args.model_config}
     return Workload(**{**fields, **changes})
 

@@ -91,6 +91,7 @@ class Workload:
         autocast: Keep float32 weights under autocast in inference too, as the published code does.
         compile: "none", "regional" (the repeated blocks), "full" (each trunk as a whole) or "graphs" (each trunk, its
             kernels started together as a CUDA graph).
+        activation_memory_budget: Of compiled training steps.
         perceptual: "none", "pooled" (the distance of 4 x 4 means, which costs next to nothing) or a name that training
             takes. Post-training takes "pooled" for "none": nothing else has a gradient through its chain.
     """
@@ -104,6 +105,7 @@ class Workload:
     image_size: int | None = None
     autocast: bool = False
     compile: str = "none"
+    activation_memory_budget: float = 1.0
     attention_backend: str | None = None
     perceptual: str = "none"
     num_inference_steps: int = 25
@@ -155,6 +157,7 @@ class Workload:
         args = load_script("train_flowmo").parse_args([*options, "--dataset_name", "emoji"])
         args.perceptual = args.guard = "none"
         args.compile = self.compile == "regional"
+        args.activation_memory_budget = self.activation_memory_budget
         args.freeze_encoder_steps = args.max_train_steps + 1
         return args
 

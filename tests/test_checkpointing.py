@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._functorch import config as functorch_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowmo_diffusers import FlowMoAutoencoder
@@ -89,6 +90,32 @@ def test_compiled(monkeypatch, tiny_autoencoder, images, part: str) -> None:
             found = gradients(model, images, autocast=True)
             torch.testing.assert_close(found, expected, rtol=5e-2, atol=1e-3)
         assert len(calls) == expected_calls
+    torch._dynamo.reset()
+
+
+def test_a_budget_for_compiled_blocks(monkeypatch, tiny_autoencoder, images) -> None:
+    """Catches a PyTorch whose compiled blocks keep as much under a budget, or compute otherwise."""
+    model = tiny_autoencoder.train()
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    def step(budget: float) -> tuple[torch.Tensor, int]:
+        torch._dynamo.reset()
+        monkeypatch.setattr(functorch_config, "activation_memory_budget", budget)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            found = gradients(model, images)
+        return found, sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in weights)
+
+    model.compile_repeated_blocks(backend="aot_eager_decomp_partition", fullgraph=True)
+    expected, whole = step(1.0)
+    found, less = step(0.5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert less < 0.6 * whole
     torch._dynamo.reset()
 
 

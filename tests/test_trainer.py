@@ -119,6 +119,7 @@ def options(folder: Path, **changes) -> argparse.Namespace:
         "mixed_precision": "no",
         "gradient_checkpointing": False,
         "compile": False,
+        "activation_memory_budget": 1.0,
         "seed": 0,
         "validation_steps": 3,
         "early_stopping_patience": None,

@@ -42,6 +42,8 @@ def parse(*argv: str, limits=None, rules=()) -> argparse.Namespace:
     [
         (["--max_train_steps", "0"], "--max_train_steps 0 must be at least 1"),
         (["--seed", "-1"], "--seed -1 must be at least 0"),
+        (["--compile", "--activation_memory_budget", "1.5"], "--activation_memory_budget 1.5 must be from 0 to 1"),
+        (["--activation_memory_budget", "0.5"], "--activation_memory_budget belongs to --compile"),
         (["--adam_beta2", "1"], "--adam_beta2 1.0 must be at least 0 and less than 1"),
         (["--max_grad_norm", "0"], "--max_grad_norm 0.0 must be positive"),
         (["--own", "-2"], "--own -2 must be at least 0"),

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import ModelMixin
+from torch._functorch import config as functorch_config
 from tqdm.auto import tqdm
 
 from flowmo_diffusers.engine.best import Best
@@ -181,6 +182,7 @@ class Trainer:
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if args.compile:
+            functorch_config.activation_memory_budget = args.activation_memory_budget
             model.compile_repeated_blocks()
         optimizer = build_optimizer(args, model, task.weight_decay)
         lr_scheduler = build_lr_scheduler(args, optimizer)

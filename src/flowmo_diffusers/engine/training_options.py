@@ -18,6 +18,7 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_wit
 FREE_OPTIONS = {
     *("config", "output_dir", "resume_from_checkpoint", "logging_dir", "report_to", "logging_steps"),
     *("train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "compile"),
+    "activation_memory_budget",
     *("dataloader_num_workers", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
     *("max_skipped_steps", "early_stopping_patience", "tracker_project_name"),
     *("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "license"),
@@ -28,6 +29,7 @@ RANGES = {
     "at least 1": lambda value: value >= 1,
     "at least 0": lambda value: value >= 0,
     "at least 0 and less than 1": lambda value: 0 <= value < 1,
+    "from 0 to 1": lambda value: 0 <= value <= 1,
     "positive": lambda value: value > 0,
 }
 LIMITS = {
@@ -41,6 +43,7 @@ LIMITS = {
         "seed",
     ),
     "at least 0 and less than 1": ("ema_decay", "adam_beta1", "adam_beta2"),
+    "from 0 to 1": ("activation_memory_budget",),
     "positive": ("learning_rate", "adam_epsilon", "max_grad_norm", "lr_power"),
 }
 
@@ -64,6 +67,12 @@ def add_optimisation_options(group: argparse._ArgumentGroup) -> None:
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: Accelerate's configuration")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False)
     add("--compile", action="store_true", help="compile the repeated blocks by torch.compile")
+    add(
+        "--activation_memory_budget",
+        type=float,
+        default=1.0,
+        help="with --compile: the share of what blocks keep for the backward pass; the rest is computed again there",
+    )
     add("--seed", type=int, default=0)
     add("--dataloader_num_workers", type=int, default=0)
 
@@ -133,6 +142,7 @@ def _common_rules(args: argparse.Namespace) -> tuple[tuple[Any, str], ...]:
          f"--lr_warmup_steps {args.lr_warmup_steps} is more than --max_train_steps {args.max_train_steps}"),
         (args.early_stopping_patience and (args.guard == "none" or not args.validation_steps),
          "--early_stopping_patience needs a --guard and --validation_steps"),
+        (args.activation_memory_budget != 1 and not args.compile, "--activation_memory_budget belongs to --compile"),
         (args.report_to not in ("none", "all", *map(str, get_available_trackers())),
          f"--report_to {args.report_to} is no tracker that is installed: {get_available_trackers()}"),
         (args.mixed_precision == "fp16" and not torch.cuda.is_available(),
