@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from data_loading import photo
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
@@ -35,6 +36,7 @@ from flowmo_diffusers.engine.seeding import keyed_generator
 from flowmo_diffusers.engine.step import TrainStep
 from flowmo_diffusers.engine.training import Trainer, start
 from flowmo_diffusers.engine.training_options import build_lr_scheduler, build_optimizer, read_config
+from flowmo_diffusers.models.attention import attend
 from flowmo_diffusers.models.flops import decoder_flops, encoder_flops, generator_flops
 from flowmo_diffusers.models.quantizers import lfq_entropies
 from flowmo_diffusers.objectives.cost import generator_training_flops, posttraining_flops, pretraining_flops
@@ -492,6 +494,23 @@ def lfq_loss(work: Workload) -> Operation:
     return Operation(run, work.batch_size, None, "float32 whatever the latents", lambda: [vectors], outputs)
 
 
+def attention(work: Workload) -> Operation:
+    """Joint attention of one decoder block, forward and backward."""
+    config = work.model_config
+    heads, width = config["num_attention_heads"], config["decoder_hidden_size"] // config["num_attention_heads"]
+    length = config["num_latent_tokens"] + (work.image_size // config["patch_size"]) ** 2
+    shape = (work.batch_size, length, heads, width)
+    query, key, value, grad = (work.normal(name, *shape).to(work.dtype) for name in ("q", "k", "v", "gradient"))
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    backend = None if work.attention_backend is None else AttentionBackendName(work.attention_backend)
+
+    def run():
+        return torch.autograd.grad(attend(*inputs, 8 / width, backend), inputs, grad)
+
+    flops = 3 * 4 * work.batch_size * heads * length**2 * width
+    return Operation(run, work.batch_size, flops, f"{work.name_of_dtype} throughout", lambda: inputs)
+
+
 def data_loading(work: Workload) -> Operation:
     """A batch of JPEGs of 500 x 375 pixels from the page cache, decoded, cropped and flipped by this process alone."""
     folder = tempfile.TemporaryDirectory()
@@ -515,7 +534,7 @@ OPERATIONS: dict[str, Callable[[Workload], Operation]] = {
     operation.__name__: operation
     for operation in (
         *(encode, decode, reconstruct, pretrain_step, posttrain_step),
-        *(generator_step, generator_sample, lfq_loss, data_loading),
+        *(generator_step, generator_sample, attention, lfq_loss, data_loading),
     )
 }
 
