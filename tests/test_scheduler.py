@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flowmo_diffusers import FlowMoScheduler
+from flowmo_diffusers.schedulers.scheduling_flowmo import SOLVERS
 
 
 def integrate(scheduler, velocity, x, num_inference_steps):
@@ -90,7 +91,20 @@ def test_heun_step_by_hand():
         assert x.item() == value
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_multistep_by_hand():
+    """Would catch a first step that is not plain Euler, and a slope taken over the wrong step."""
+    scheduler = FlowMoScheduler(rho=2.0, solver="multistep")
+    scheduler.set_timesteps(2)
+    assert scheduler.timesteps.tolist() == [1000.0, 250.0]
+    x = torch.full((1, 1, 1, 1), 1.0)
+    x = scheduler.step(torch.full_like(x, 4.0), scheduler.timesteps[0], x).prev_sample
+    assert x.item() == 1 - 0.75 * 4
+    x = scheduler.step(torch.full_like(x, 16.0), scheduler.timesteps[1], x).prev_sample
+    slope = (16 - 4) / 0.75
+    assert x.item() == -2 - 0.25 * (16 + 0.125 * slope)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("num_inference_steps", [1, 2, 7])
 def test_straight_flow_is_exact(solver, num_inference_steps):
     """Would catch steps that do not add up to the whole way from noise to image."""
@@ -100,9 +114,10 @@ def test_straight_flow_is_exact(solver, num_inference_steps):
 
 
 @pytest.mark.parametrize("rho", [1.0, 4.0])
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("multistep", 2)])
 def test_order_of_convergence(solver, order, rho):
-    """Would catch a Heun step that corrects at the wrong time or with the wrong weights: it would be first order."""
+    """Would catch a Heun step that corrects at the wrong time, and a velocity weighted as if steps were even: both
+    would be first order."""
     errors = []
     for n in (16, 32, 64):
         x, _ = integrate(FlowMoScheduler(rho=rho, solver=solver), curved, torch.ones(1, 1, 1, 1), n)
@@ -116,13 +131,15 @@ def test_model_calls(n):
     """Would catch a Heun solver that asks at t = 0, not twice in between, or keeps a batch in memory at the end."""
     scheduler = FlowMoScheduler(solver="heun")
     _, asked = integrate(scheduler, curved, torch.ones(1, 1, 1, 1), n)
-    assert len(asked) == 2 * n - 1 and scheduler._heun_start is None
+    assert len(asked) == 2 * n - 1 and scheduler._kept is None
     assert asked[1::2] == asked[2::2] and min(asked) > 0
-    _, asked = integrate(FlowMoScheduler(), curved, torch.ones(1, 1, 1, 1), n)
-    assert len(asked) == n
+    for solver in ("euler", "multistep"):
+        scheduler = FlowMoScheduler(solver=solver)
+        _, asked = integrate(scheduler, curved, torch.ones(1, 1, 1, 1), n)
+        assert len(asked) == n and scheduler._kept is None
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("given", ["begin_index", "timestep"])
 def test_sampling_from_the_middle(solver, given):
     """Would catch a Heun run begun at the correcting one of two equal times, which then asks at the wrong ones."""
@@ -136,10 +153,10 @@ def test_sampling_from_the_middle(solver, given):
     for timestep in scheduler.timesteps[begin:]:
         x = scheduler.step(curved(x, timestep.item() / 1000), timestep, x).prev_sample
     assert scheduler.step_index == len(scheduler.timesteps)
-    assert abs(x.item() - math.exp(-1)) < {"euler": 1e-2, "heun": 2e-4}[solver]
+    assert abs(x.item() - math.exp(-1)) < {"euler": 1e-2, "heun": 2e-4, "multistep": 2e-4}[solver]
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_arithmetic_is_float32(solver, dtype):
     """Would catch steps computed in half precision, which lose the small late steps."""
@@ -193,7 +210,7 @@ def test_add_noise_is_float32_inside():
     assert noisy.dtype == torch.bfloat16 and torch.equal(noisy, expected)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_set_timesteps_forgets_the_last_run(solver):
     """Would catch a run that goes on where a broken-off one stopped, or corrects with its velocity."""
     scheduler = FlowMoScheduler(solver=solver)
@@ -241,7 +258,7 @@ def test_no_steps_are_refused(num_inference_steps):
         FlowMoScheduler().set_timesteps(num_inference_steps)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_steps_off_the_grid_are_refused(solver):
     """Would catch a step without a grid, at a time that is not on it (an index, say), or beyond its end."""
     scheduler = FlowMoScheduler(solver=solver)

@@ -18,6 +18,9 @@ class FlowMoSchedulerOutput(BaseOutput):
     prev_sample: torch.Tensor
 
 
+SOLVERS = ("euler", "heun", "multistep")
+
+
 class FlowMoScheduler(SchedulerMixin, ConfigMixin):
     """
     A rectified flow integrated on t_i = ((n - i) / n)^rho, i = 0 ... n: large steps at high noise.
@@ -28,7 +31,8 @@ class FlowMoScheduler(SchedulerMixin, ConfigMixin):
     Args:
         num_train_timesteps: Scale of `timesteps`.
         rho: Power of the schedule; 1 is an even grid, the paper's value is 4.
-        solver: "euler", or "heun", which asks the model twice a step but for the last.
+        solver: "euler"; "heun", which asks the model twice a step but for the last; or "multistep", which asks it once
+            and goes by the change of its answers (Adams-Bashforth of second order).
 
     Raises:
         ValueError: If an argument is out of range.
@@ -38,19 +42,19 @@ class FlowMoScheduler(SchedulerMixin, ConfigMixin):
 
     @register_to_config
     def __init__(self, num_train_timesteps: int = 1000, rho: float = 4.0, solver: str = "euler"):
-        if solver not in ("euler", "heun"):
-            raise ValueError(f"solver={solver!r} is unknown: it must be 'euler' or 'heun'")
+        if solver not in SOLVERS:
+            raise ValueError(f"solver={solver!r} is unknown: it must be one of {', '.join(map(repr, SOLVERS))}")
         if num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps={num_train_timesteps} must be at least 1; the usual value is 1000")
         if not rho > 0:
             raise ValueError(f"rho={rho} must be positive; the paper's value is 4.0")
-        self.order = 1 if solver == "euler" else 2
+        self.order = 2 if solver == "heun" else 1  # times that the model is asked in a step
         self.num_inference_steps = None
         self.times = None
         self.timesteps = torch.linspace(num_train_timesteps, 0, num_train_timesteps)
         self._step_index = None
         self._begin_index = None
-        self._heun_start = None
+        self._kept: tuple | None = None  # by the solver, from one call to the next
 
     @property
     def step_index(self) -> int | None:
@@ -78,7 +82,7 @@ class FlowMoScheduler(SchedulerMixin, ConfigMixin):
     def set_timesteps(self, num_inference_steps: int = 25, device: str | torch.device | None = None) -> None:
         """
         Lays the grid and forgets the previous run: `times` holds t_0 ... t_n, `timesteps` the times at which the
-        model is asked, scaled by `num_train_timesteps`: n for Euler, 2n - 1 for Heun.
+        model is asked, scaled by `num_train_timesteps`: n, and 2n - 1 for Heun.
 
         Args:
             num_inference_steps: n.
@@ -99,7 +103,7 @@ class FlowMoScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = (asked * self.config.num_train_timesteps).to(device)
         self._step_index = None
         self._begin_index = None
-        self._heun_start = None
+        self._kept = None
 
     def step(
         self,
@@ -128,26 +132,40 @@ class FlowMoScheduler(SchedulerMixin, ConfigMixin):
         if self._step_index >= len(self.timesteps):
             raise ValueError("the last step is done: call `set_timesteps` before sampling again")
         v, x = model_output.float(), sample.float()
-        if self.order == 1:
-            i = self._step_index
-            x_next = x - (self.times[i] - self.times[i + 1]).item() * v
-        else:
-            x_next = self._heun_step(v, x)
+        solve = {"euler": self._euler_step, "heun": self._heun_step, "multistep": self._multistep_step}
+        x_next = solve[self.config.solver](v, x)
         self._step_index += 1
+        if self._step_index == len(self.timesteps):
+            self._kept = None  # a batch's memory
         x_next = x_next.to(sample.dtype)
         return FlowMoSchedulerOutput(x_next) if return_dict else (x_next,)
+
+    def _step_size(self, i: int) -> float:
+        return (self.times[i] - self.times[i + 1]).item()
+
+    def _euler_step(self, v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return x - self._step_size(self._step_index) * v
 
     def _heun_step(self, v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Euler to the next time, then again from the start with the mean of both velocities (Heun's method)."""
         i = (self._step_index + 1) // 2
-        if self._heun_start is None:
-            dt = (self.times[i] - self.times[i + 1]).item()
+        if self._kept is None:
+            dt = self._step_size(i)
             if i + 1 < self.num_inference_steps:
-                self._heun_start = (x, v, dt)
+                self._kept = (x, v, dt)
             return x - dt * v
-        start, v_start, dt = self._heun_start
-        self._heun_start = None
+        start, v_start, dt = self._kept
+        self._kept = None
         return start - dt * (v_start + v) / 2
+
+    def _multistep_step(self, v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Euler with the velocity of the middle of the step, by the slope between the last two."""
+        dt, v_middle = self._step_size(self._step_index), v
+        if self._kept is not None:
+            v_before, dt_before = self._kept
+            v_middle = v + dt / (2 * dt_before) * (v - v_before)
+        self._kept = (v, dt)
+        return x - dt * v_middle
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """
