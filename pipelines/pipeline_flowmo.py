@@ -14,7 +14,7 @@ from flowmo_diffusers.engine.seeding import Generators
 from flowmo_diffusers.models.autoencoder_flowmo import FlowMoAutoencoder
 from flowmo_diffusers.pipelines.images import array_to_tensor, image_items, image_size
 from flowmo_diffusers.pipelines.saving import Callback, SafePipeline, check_generator
-from flowmo_diffusers.schedulers.scheduling_flowmo import FlowMoScheduler
+from flowmo_diffusers.schedulers.scheduling_flowmo import FlowMoScheduler, check_guidance_interval
 
 
 Tokens = torch.Tensor | np.ndarray | bytes | Sequence[bytes]
@@ -94,9 +94,9 @@ class FlowMoPipeline(SafePipeline):
         tokens: Tokens,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 25,
-        guidance_scale: float = 1.5,
-        guidance_interval: tuple[float, float] = (0.17, 1.02),
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -119,6 +119,10 @@ class FlowMoPipeline(SafePipeline):
             ValueError: If the tokens have the wrong shape, length or range, or another argument is out of range.
         """
         codes = self._codes(tokens)
+        recipe = self.scheduler.config
+        num_inference_steps = recipe.num_inference_steps if num_inference_steps is None else num_inference_steps
+        guidance_scale = recipe.guidance_scale if guidance_scale is None else guidance_scale
+        guidance_interval = recipe.guidance_interval if guidance_interval is None else guidance_interval
         height = self.autoencoder.config.sample_size if height is None else height
         width = self.autoencoder.config.sample_size if width is None else width
         shape = (len(codes), self.autoencoder.config.in_channels, height, width)
@@ -166,9 +170,9 @@ class FlowMoPipeline(SafePipeline):
         image: PipelineImageInput,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 25,
-        guidance_scale: float = 1.5,
-        guidance_interval: tuple[float, float] = (0.17, 1.02),
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -185,7 +189,8 @@ class FlowMoPipeline(SafePipeline):
             height: Height in pixels to which images are resized, a multiple of the patch size. Default: their own,
                 down to a multiple.
             width: As `height`.
-            num_inference_steps: Steps of the flow.
+            num_inference_steps: Steps of the flow. This and the next two default to the configuration of the scheduler,
+                which says what the model was made for.
             guidance_scale: w of classifier-free guidance, v = v_null + w (v_code - v_null); 1 is none.
             guidance_interval: EDM noise levels sigma between which guidance is applied, both ends included; the
                 flow's time is t = sigma / (1 + sigma), so (0, inf) is every step. A guided step asks the model once,
@@ -294,8 +299,8 @@ class FlowMoPipeline(SafePipeline):
     def check_inputs(
         self,
         shape: tuple[int, int, int, int],
-        num_inference_steps: int,
-        guidance_interval: tuple[float, float],
+        num_inference_steps: int | None,
+        guidance_interval: tuple[float, float] | None,
         generator: Generators,
         latents: torch.Tensor | None,
         output_type: str,
@@ -304,10 +309,10 @@ class FlowMoPipeline(SafePipeline):
         """Raises the `ValueError` of [`~FlowMoPipeline.decode`] for images of this shape (b, c, h, w)."""
         self._check_size(*shape[-2:])
         check_generator(generator, shape[0])
-        if num_inference_steps < 1:
+        if num_inference_steps is not None and num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
-        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1]:
-            raise ValueError(f"guidance_interval={guidance_interval} must be two noise levels, the lower one first")
+        if guidance_interval is not None:
+            check_guidance_interval(guidance_interval)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}; expected {shape}")
         if output_type not in ("pil", "np", "pt", "latent"):

@@ -137,9 +137,9 @@ class FlowMoGenerationPipeline(SafePipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         tokens: torch.Tensor | np.ndarray | None = None,
-        decoder_num_inference_steps: int = 25,
-        decoder_guidance_scale: float = 1.5,
-        decoder_guidance_interval: tuple[float, float] = (0.17, 1.02),
+        decoder_num_inference_steps: int | None = None,
+        decoder_guidance_scale: float | None = None,
+        decoder_guidance_interval: tuple[float, float] | None = None,
         decode_batch_size: int | None = None,
         generator: Generators = None,
         output_type: str = "pil",
@@ -160,7 +160,8 @@ class FlowMoGenerationPipeline(SafePipeline):
             guidance_scale: w of classifier-free guidance in the logits, l_null + w (l_class - l_null), with which the
                 token scheduler's guidance schedule ends; 1 is none.
             tokens: Given ones, see [`~FlowMoGenerationPipeline.generate_tokens`].
-            decoder_num_inference_steps: Steps of the tokenizer's flow.
+            decoder_num_inference_steps: Steps of the tokenizer's flow. Default of this and the next two: those of its
+                scheduler's configuration.
             decoder_guidance_scale: Of the tokenizer, see [`FlowMoPipeline`].
             decoder_guidance_interval: As `decoder_guidance_scale`.
             decode_batch_size: Images decoded at a time; all by default. The images do not depend on it, but for

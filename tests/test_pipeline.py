@@ -139,6 +139,20 @@ def test_sampling_by_hand(tiny_pipeline):
     assert (found - unguided).abs().max() > 1e-2
 
 
+def test_the_scheduler_has_the_recipe(tiny_pipeline):
+    """Catches steps or guidance that come from somewhere else than the configuration of the model's scheduler."""
+    options = {"latents": noise(), "output_type": "latent"}
+    expected = tiny_pipeline(
+        tensors(), num_inference_steps=3, guidance_scale=2.0, guidance_interval=(0.0, 0.5), **options
+    ).images
+    recipe = {"num_inference_steps": 3, "guidance_scale": 2.0, "guidance_interval": (0.0, 0.5)}
+    tiny_pipeline.scheduler = FlowMoScheduler.from_config(tiny_pipeline.scheduler.config, **recipe)
+    assert torch.equal(tiny_pipeline(tensors(), **options).images, expected)
+    assert tiny_pipeline.num_timesteps == 3 and tiny_pipeline.guidance_scale == 2.0
+    others = tiny_pipeline(tensors(), num_inference_steps=2, guidance_scale=1.0, **options).images
+    assert tiny_pipeline.num_timesteps == 2 and not torch.equal(others, expected)
+
+
 def test_heun_asks_the_model_2n_minus_1_times(tiny_pipeline, calls):
     """Would catch a solver the pipeline cannot drive, or one that changes nothing."""
     euler = tiny_pipeline(tensors(), num_inference_steps=4, latents=noise(), output_type="latent").images

@@ -225,6 +225,15 @@ def test_set_timesteps_forgets_the_last_run(solver):
     assert scheduler.step_index is None and scheduler.begin_index is None
 
 
+def test_recipe_round_trip(tmp_path):
+    """Would catch a model's own steps or guidance that are not saved, or a grid that is laid without them."""
+    FlowMoScheduler(num_inference_steps=4, guidance_scale=1.0, guidance_interval=(0.5, 2.0)).save_pretrained(tmp_path)
+    loaded = FlowMoScheduler.from_pretrained(tmp_path)
+    assert loaded.config.guidance_scale == 1.0 and tuple(loaded.config.guidance_interval) == (0.5, 2.0)
+    loaded.set_timesteps()
+    assert loaded.num_inference_steps == len(loaded.timesteps) == 4
+
+
 def test_config_round_trip(tmp_path):
     """Would catch an argument that is not saved, or a solver that is saved but not built."""
     scheduler = FlowMoScheduler(num_train_timesteps=500, rho=2.0, solver="heun")
@@ -243,6 +252,8 @@ def test_config_round_trip(tmp_path):
         ({"rho": 0.0}, "rho=0.0"),
         ({"rho": float("nan")}, "rho=nan"),
         ({"num_train_timesteps": 0}, "num_train_timesteps=0"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"guidance_interval": (2.0, 1.0)}, r"guidance_interval=\(2.0, 1.0\)"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

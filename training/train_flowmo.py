@@ -113,7 +113,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     watch = parser.add_argument_group("validation")
     add_validation_options(watch)
-    watch.add_argument("--num_inference_steps", type=int, default=25, help="of validation")
+    watch.add_argument("--num_inference_steps", type=int, help="of validation; default: the scheduler's, 25")
     watch.add_argument(
         "--guard",
         help="what decides which weights are best: 'psnr', or a perceptual network that is not optimised; 'none' "
@@ -326,7 +326,7 @@ class TokenizerTraining(Task):
             dataset=args.dataset_name or Path(args.train_data_dir),
             base_model=args.pretrained_model_name_or_path,
             resolution=self.validation.originals.shape[-1],
-            num_inference_steps=args.num_inference_steps,
+            num_inference_steps=args.num_inference_steps or self.pipeline.scheduler.config.num_inference_steps,
             **facts,
         )
         repo_id = args.hub_model_id if args.push_to_hub else None

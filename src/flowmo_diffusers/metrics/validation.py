@@ -20,7 +20,7 @@ class Validation:
         accelerator: Of the run.
         originals: (n, 3, h, w) in [-1, 1], the same on every process.
         distances: Perceptual networks by name, on the run's device.
-        num_inference_steps: Of the sampler.
+        num_inference_steps: Of the sampler; default: those of the pipeline's scheduler.
         batch_size: Images of one process at a time.
         seed: Of the noise.
     """
@@ -30,7 +30,7 @@ class Validation:
         accelerator: Accelerator,
         originals: torch.Tensor,
         distances: Mapping[str, PerceptualDistance],
-        num_inference_steps: int = 25,
+        num_inference_steps: int | None = None,
         batch_size: int = 64,
         seed: int = 0,
     ):

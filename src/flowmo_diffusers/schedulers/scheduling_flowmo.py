@@ -1,5 +1,6 @@
 """The power-shifted flow schedule of FlowMo (paper section 3.4)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,12 @@ class FlowMoSchedulerOutput(BaseOutput):
 SOLVERS = ("euler", "heun", "multistep")
 
 
+def check_guidance_interval(interval: Sequence[float]) -> None:
+    """Raises `ValueError` if these are not two noise levels, the lower one first."""
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1]:
+        raise ValueError(f"guidance_interval={interval} must be two noise levels, the lower one first")
+
+
 class FlowMoScheduler(SchedulerMixin, ConfigMixin):
     """
     A rectified flow integrated on t_i = ((n - i) / n)^rho, i = 0 ... n: large steps at high noise.
@@ -33,6 +40,9 @@ class FlowMoScheduler(SchedulerMixin, ConfigMixin):
         rho: Power of the schedule; 1 is an even grid, the paper's value is 4.
         solver: "euler"; "heun", which asks the model twice a step but for the last; or "multistep", which asks it once
             and goes by the change of its answers (Adams-Bashforth of second order).
+        num_inference_steps: n where a call names none, for which the model was made.
+        guidance_scale: As `num_inference_steps`; see [`FlowMoPipeline`] for this and the next.
+        guidance_interval: EDM noise levels, the lower one first.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -41,13 +51,24 @@ class FlowMoScheduler(SchedulerMixin, ConfigMixin):
     _compatibles = []
 
     @register_to_config
-    def __init__(self, num_train_timesteps: int = 1000, rho: float = 4.0, solver: str = "euler"):
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        rho: float = 4.0,
+        solver: str = "euler",
+        num_inference_steps: int = 25,
+        guidance_scale: float = 1.5,
+        guidance_interval: tuple[float, float] = (0.17, 1.02),
+    ):
         if solver not in SOLVERS:
             raise ValueError(f"solver={solver!r} is unknown: it must be one of {', '.join(map(repr, SOLVERS))}")
         if num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps={num_train_timesteps} must be at least 1; the usual value is 1000")
         if not rho > 0:
             raise ValueError(f"rho={rho} must be positive; the paper's value is 4.0")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1; the paper's value is 25")
+        check_guidance_interval(guidance_interval)
         self.order = 2 if solver == "heun" else 1  # times that the model is asked in a step
         self.num_inference_steps = None
         self.times = None
@@ -79,18 +100,20 @@ class FlowMoScheduler(SchedulerMixin, ConfigMixin):
         """The model takes x_t as it is."""
         return sample
 
-    def set_timesteps(self, num_inference_steps: int = 25, device: str | torch.device | None = None) -> None:
+    def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None) -> None:
         """
         Lays the grid and forgets the previous run: `times` holds t_0 ... t_n, `timesteps` the times at which the
         model is asked, scaled by `num_train_timesteps`: n, and 2n - 1 for Heun.
 
         Args:
-            num_inference_steps: n.
+            num_inference_steps: n. Default: the configuration's.
             device: Of `timesteps`; `times` stay on the CPU.
 
         Raises:
             ValueError: If there is not at least one step.
         """
+        if num_inference_steps is None:
+            num_inference_steps = self.config.num_inference_steps
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
         self.num_inference_steps = num_inference_steps
