@@ -189,8 +189,8 @@ class FlowMoPipeline(SafePipeline):
             height: Height in pixels to which images are resized, a multiple of the patch size. Default: their own,
                 down to a multiple.
             width: As `height`.
-            num_inference_steps: Steps of the flow. This and the next two default to the configuration of the scheduler:
-                what the model was made for.
+            num_inference_steps: Steps of the flow. This and the next two default to what the configuration of the
+                scheduler says.
             guidance_scale: w of classifier-free guidance, v = v_null + w (v_code - v_null); 1 is none.
             guidance_interval: EDM noise levels sigma between which guidance is applied, both ends included; the
                 flow's time is t = sigma / (1 + sigma), so (0, inf) is every step. A guided step asks the model once,
