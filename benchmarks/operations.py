@@ -281,15 +281,6 @@ def trained_names(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def guided_steps(num_inference_steps: int) -> int:
-    """How many of the sampler's times lie in the guidance interval of noise levels sigma, t = sigma / (1 + sigma)."""
-    scheduler = FlowMoScheduler()
-    scheduler.set_timesteps(num_inference_steps)
-    low, high = (sigma / (1 + sigma) for sigma in GUIDANCE_INTERVAL)
-    times = scheduler.timesteps / scheduler.config.num_train_timesteps
-    return int(((times >= low - 1e-6) & (times <= high + 1e-6)).sum())
-
-
 def encode(work: Workload) -> Operation:
     model = work.inference_model()
     images = work.images().to(model.dtype)
@@ -333,7 +324,7 @@ def reconstruct(work: Workload) -> Operation:
             return {"images": pipeline.decode(work.codes(), side, side, latents=work.noise(), **sampling)}
 
     config, side, steps = work.model_config, work.image_size, work.num_inference_steps
-    passes = steps + (guided_steps(steps) if work.guidance_scale != 1 else 0)
+    passes = pipeline.num_forwards(steps, work.guidance_scale, GUIDANCE_INTERVAL)
     flops = work.batch_size * (encoder_flops(config, side, side) + passes * decoder_flops(config, side, side))
     return _inference(work, model, flops, run, outputs)
 

@@ -119,10 +119,9 @@ class FlowMoPipeline(SafePipeline):
             ValueError: If the tokens have the wrong shape, length or range, or another argument is out of range.
         """
         codes = self._codes(tokens)
-        recipe = self.scheduler.config
-        num_inference_steps = recipe.num_inference_steps if num_inference_steps is None else num_inference_steps
-        guidance_scale = recipe.guidance_scale if guidance_scale is None else guidance_scale
-        guidance_interval = recipe.guidance_interval if guidance_interval is None else guidance_interval
+        num_inference_steps, guidance_scale, guidance_interval = self._recipe(
+            num_inference_steps, guidance_scale, guidance_interval
+        )
         height = self.autoencoder.config.sample_size if height is None else height
         width = self.autoencoder.config.sample_size if width is None else width
         shape = (len(codes), self.autoencoder.config.in_channels, height, width)
@@ -146,7 +145,7 @@ class FlowMoPipeline(SafePipeline):
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         times = timesteps / self.scheduler.config.num_train_timesteps
-        guided = [guidance_scale != 1 and _is_guided(t, guidance_interval) for t in times.tolist()]
+        guided = _guided(times, guidance_scale, guidance_interval)
 
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, (timestep, t) in enumerate(zip(timesteps, times, strict=True)):
@@ -233,6 +232,32 @@ class FlowMoPipeline(SafePipeline):
         if not return_dict:
             return images, encoded.indices
         return FlowMoPipelineOutput(images=images, indices=encoded.indices)
+
+    def num_forwards(
+        self,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> int:
+        """
+        How often one image passes through the decoder with these arguments of [`~FlowMoPipeline.decode`]: a guided
+        step counts twice. Lays the scheduler's grid.
+        """
+        num_inference_steps, *guidance = self._recipe(num_inference_steps, guidance_scale, guidance_interval)
+        self.scheduler.set_timesteps(num_inference_steps)
+        times = self.scheduler.timesteps / self.scheduler.config.num_train_timesteps
+        return len(times) + sum(_guided(times, *guidance))
+
+    def _recipe(
+        self, num_inference_steps: int | None, guidance_scale: float | None, interval: tuple[float, float] | None
+    ) -> tuple[int, float, tuple[float, float]]:
+        """What was given, and what the scheduler says of the rest."""
+        recipe = self.scheduler.config
+        return (
+            recipe.num_inference_steps if num_inference_steps is None else num_inference_steps,
+            recipe.guidance_scale if guidance_scale is None else guidance_scale,
+            recipe.guidance_interval if interval is None else interval,
+        )
 
     def _velocity(
         self, latents: torch.Tensor, t: torch.Tensor, codes: torch.Tensor, guidance: float | None
@@ -325,7 +350,7 @@ class FlowMoPipeline(SafePipeline):
             raise ValueError(f"height={height} and width={width} must be positive multiples of the patch size {patch}")
 
 
-def _is_guided(t: float, interval: tuple[float, float]) -> bool:
-    """Whether sigma / (1 + sigma) = t lies in an interval of sigma; an end met up to float32's rounding is inside."""
+def _guided(times: torch.Tensor, scale: float, interval: tuple[float, float]) -> list[bool]:
+    """At which times t = sigma / (1 + sigma) guidance is applied; an end met up to float32's rounding is inside."""
     low, high = (1 - 1 / (1 + sigma) for sigma in interval)
-    return low - 1e-6 <= t <= high + 1e-6
+    return [scale != 1 and low - 1e-6 <= t <= high + 1e-6 for t in times.tolist()]

@@ -149,17 +149,6 @@ def test_every_operation_runs_and_is_counted(presets, short_sampling, tmp_path, 
         assert f"| {name} | {benchmark.OURS} |" in table
 
 
-def test_guided_steps_are_those_of_the_pipeline(tiny_pipeline, monkeypatch):
-    """A guidance interval that is counted otherwise than it is sampled in."""
-    batches = []
-    velocity = tiny_pipeline.autoencoder._velocity
-    monkeypatch.setattr(
-        tiny_pipeline.autoencoder, "_velocity", lambda x, *rest: batches.append(len(x)) or velocity(x, *rest)
-    )
-    tiny_pipeline(torch.zeros(1, 3, 16, 16), num_inference_steps=25, guidance_interval=operations.GUIDANCE_INTERVAL)
-    assert batches.count(2) == operations.guided_steps(25) and len(batches) == 25
-
-
 def test_half_precision_is_of_weights_or_of_autocast(presets):
     """A comparison of two precisions under one name."""
     args = benchmark.parse_args([*presets, "--device", "cpu", "--dtype", "bfloat16"])

@@ -6,9 +6,10 @@ from token_models import build_generator, random_indices
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from flowmo_diffusers import FlowMoAutoencoder, FlowMoTokenGenerator
+from flowmo_diffusers import FlowMoAutoencoder, FlowMoPipeline, FlowMoScheduler, FlowMoTokenGenerator
 from flowmo_diffusers.models.flops import decoder_flops, encoder_flops, generator_flops
-from flowmo_diffusers.objectives.cost import posttraining_flops, pretraining_flops
+from flowmo_diffusers.objectives.cost import distillation_flops, posttraining_flops, pretraining_flops
+from flowmo_diffusers.objectives.distill import DistillationWeights, distillation_loss
 from flowmo_diffusers.objectives.flow import FlowDraws
 from flowmo_diffusers.objectives.posttrain import ChainDraws, posttraining_loss
 from flowmo_diffusers.objectives.pretrain import LossWeights, pretraining_loss
@@ -110,6 +111,24 @@ def test_posttraining_flops_are_those_of_a_step(tiny_config, checkpointing):
     measured = counted(lambda: posttraining_loss(model, x, flow, chain, mse, LossWeights())["loss"].backward())
     expected = 2 * posttraining_flops(model.config, 16, 16, chain_steps=3, recomputed=checkpointing)
     assert 0.96 < measured / expected < 1
+
+
+def test_distillation_flops_are_those_of_a_step(tiny_config):
+    """Catches a teacher that is counted as trained, or a student whose steps are not."""
+    model = FlowMoAutoencoder(**tiny_config).train()
+    model.encoder.requires_grad_(False)
+    x, flow, chain = draws(model, 2, 3)
+    teacher = FlowMoPipeline(FlowMoAutoencoder(**tiny_config), FlowMoScheduler(num_inference_steps=7))
+    teacher.set_progress_bar_config(disable=True)
+
+    def step():
+        with torch.no_grad():
+            codes = model(images=x).codes
+        target = teacher.decode(codes, 16, 16, latents=chain.z, output_type="latent")
+        distillation_loss(model, x, codes, target, flow, chain, mse, DistillationWeights())["loss"].backward()
+
+    expected = 2 * distillation_flops(model.config, 16, 16, 3, teacher.num_forwards())
+    assert 0.96 < counted(step) / expected < 1
 
 
 def test_published_model_costs_what_is_known_of_it():

@@ -10,6 +10,7 @@ from torch import nn
 
 from flowmo_diffusers import FlowMoAutoencoder
 from flowmo_diffusers.engine.seeding import keyed_generator
+from flowmo_diffusers.objectives.distill import DistillationWeights, distillation_loss
 from flowmo_diffusers.objectives.flow import FlowDraws, flow_loss, interpolate, one_step_estimate, thick_tailed
 from flowmo_diffusers.objectives.posttrain import ChainDraws, chain_times, posttraining_loss, sample_chain
 from flowmo_diffusers.objectives.pretrain import LossWeights, pretraining_loss
@@ -340,6 +341,62 @@ def test_chain_never_drops_codes(model, x, draws, chain):
     with torch.no_grad():
         sample = sample_chain(model, model(images=x).codes, chain)
     torch.testing.assert_close(results[0]["sample_loss"], distance(x, sample).mean())
+
+
+# Stage 1C
+
+
+@pytest.fixture
+def target(x) -> torch.Tensor:
+    return x.flip(0) * 0.5
+
+
+def codes_of(model: FlowMoAutoencoder, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(images=x).codes
+
+
+def test_distillation_by_hand(model, x, draws, chain, target):
+    """Catches a sample that is not the chain's, a distance to the wrong image, or a weight of another term."""
+    codes = codes_of(model, x)
+    weights = DistillationWeights(sample=2.0, perceptual=3.0, image=5.0, flow=7.0)
+    losses = distillation_loss(model, x, codes, target, draws, chain, distance, weights)
+    y = sample_chain(model, codes, chain)
+    expected = {
+        "sample_loss": (y - target).square().mean(),
+        "perceptual_loss": distance(y, target).mean(),
+        "image_loss": distance(y, x).mean(),
+        "flow_loss": posttraining_loss(model, x, draws, chain, distance, LossWeights())["flow_loss"],
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value)
+    total = 2 * losses["sample_loss"] + 3 * losses["perceptual_loss"] + 5 * losses["image_loss"]
+    torch.testing.assert_close(losses["loss"], total + 7 * losses["flow_loss"])
+
+
+def test_distillation_leaves_out_what_has_no_weight(model, x, draws, chain, target):
+    """Catches a term that is computed for nothing, and one that is there without a network."""
+    codes = codes_of(model, x)
+    for perceptual, weights, names in (
+        (None, DistillationWeights(), {"loss", "sample_loss", "flow_loss"}),
+        (distance, DistillationWeights(image=0, flow=0), {"loss", "sample_loss", "perceptual_loss"}),
+        (distance, DistillationWeights(perceptual=0), {"loss", "sample_loss", "image_loss", "flow_loss"}),
+    ):
+        assert distillation_loss(model, x, codes, target, draws, chain, perceptual, weights).keys() == names
+
+
+def test_distillation_trains_the_decoder_through_every_step(model, x, draws, chain, target):
+    """Catches a chain whose first steps have no gradient, and terms that only inform."""
+    codes = codes_of(model, x)
+    asked = []
+    model.register_forward_hook(lambda module, args, output: asked.append(output.velocity))
+    weights = DistillationWeights(flow=0)
+    loss = distillation_loss(model, x, codes, target, draws, chain, None, weights)["loss"]
+    gradients = torch.autograd.grad(loss, asked, retain_graph=True)
+    assert len(asked) == 3 and all(gradient.any() for gradient in gradients)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in model.encoder.parameters())
+    assert all(parameter.grad.any() for parameter in model.decoder.parameters())
 
 
 def test_posttraining_under_gradient_checkpointing(model, x, draws, chain):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -137,6 +138,18 @@ def test_sampling_by_hand(tiny_pipeline):
     torch.testing.assert_close(found, x_t.clamp(-1, 1), rtol=0, atol=1e-4)
     unguided = tiny_pipeline(images, num_inference_steps=3, guidance_scale=1.0, latents=z, output_type="latent").images
     assert (found - unguided).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
+@pytest.mark.parametrize("guidance", [(1.0, (0.0, 9.0)), (1.5, (0.17, 1.02)), (2.0, (0.0, math.inf))])
+def test_forwards_are_counted(tiny_pipeline, calls, solver, guidance):
+    """Catches guided steps that count once, or an interval that is counted otherwise than it is sampled in."""
+    tiny_pipeline.scheduler = FlowMoScheduler(solver=solver)
+    options = {"num_inference_steps": 7, "guidance_scale": guidance[0], "guidance_interval": guidance[1]}
+    expected = tiny_pipeline.num_forwards(**options)
+    calls.clear()
+    tiny_pipeline(tensors(1), **options)
+    assert sum(batch for batch, *_ in calls) == expected
 
 
 def test_the_scheduler_has_the_recipe(tiny_pipeline):

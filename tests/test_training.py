@@ -93,6 +93,32 @@ def test_both_stages(train, tmp_path):
     FlowMoPipeline.from_pretrained(tmp_path / "post")
 
 
+def test_distillation(train, tmp_path):
+    """A student that is not its teacher's copy at first, trains the encoder, or leaves no recipe of its own; and steps
+    of the student that are drawn anew when a run goes on."""
+    first = train(tmp_path / "pre", max_train_steps=3)
+    options = {
+        "stage": "distill",
+        "pretrained_model_name_or_path": tmp_path / "pre",
+        "teacher_num_inference_steps": 3,
+        "num_inference_steps": None,
+        "guard": "none",
+        "checkpointing_steps": 2,
+    }
+    second = train(tmp_path / "few", **options)
+    moved = {name for name in first if not torch.equal(first[name], second[name])}
+    assert moved and all(name.startswith("decoder.") for name in moved)
+    pipeline = FlowMoPipeline.from_pretrained(tmp_path / "few")
+    recipe = pipeline.scheduler.config
+    assert (recipe.num_inference_steps, recipe.guidance_scale, recipe.rho) == (4, 1.0, 4.0)
+    assert pipeline.num_forwards() == 4
+    card = (tmp_path / "few" / "README.md").read_text()
+    assert "stage 1C" in card and "reconstructed in 4 steps" in card
+
+    shutil.copytree(tmp_path / "few" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    assert same(second, train(tmp_path / "again", **options, resume_from_checkpoint="latest"))
+
+
 def test_pretraining_trains_everything(train, tmp_path):
     """A parameter that the optimiser was never given."""
     few, more = train(tmp_path / "few", max_train_steps=1), train(tmp_path / "more", max_train_steps=4)
@@ -195,6 +221,16 @@ def scalars(output_dir: Path) -> dict[str, list[float]]:
     events.Reload()
     assert events.Tags()["images"] == ["validation"]
     return {name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def test_the_student_learns_its_teacher(train, tmp_path):
+    """A loss that does not bring the student's single step nearer to what its teacher makes of the same noise."""
+    train(tmp_path / "pre", max_train_steps=20)
+    options = {"stage": "distill", "pretrained_model_name_or_path": tmp_path / "pre", "teacher_num_inference_steps": 8}
+    options |= {"student_steps": 1, "flow_weight": 0, "perceptual": "none", "guard": "none"}
+    train(tmp_path / "few", **options, max_train_steps=60, train_batch_size=8)
+    distances = scalars(tmp_path / "few")["train/sample_loss"]
+    assert sum(distances[-5:]) < 0.7 * sum(distances[:5])
 
 
 def test_what_is_logged(train, tmp_path):

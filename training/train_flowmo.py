@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """
-Trains a FlowMo tokenizer: stage 1A (`--stage pretrain`) and stage 1B (`--stage posttrain`).
+Trains a FlowMo tokenizer: stage 1A (`--stage pretrain`), stage 1B (`--stage posttrain`), and stage 1C (`--stage
+distill`), after which it reconstructs in a few steps.
 
     accelerate launch training/train_flowmo.py --config training/configs/starter.yaml --stage pretrain \
         --train_data_dir my_images --output_dir my_tokenizer
@@ -9,6 +10,7 @@ The output folder is what `FlowMoPipeline.from_pretrained` loads.
 """
 
 import argparse
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ import PIL.Image
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from diffusers.utils.torch_utils import randn_tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from flowmo_diffusers import FlowMoAutoencoder, FlowMoPipeline, FlowMoScheduler
@@ -44,7 +47,8 @@ from flowmo_diffusers.hub.cards import TrainingRun, write_model_card
 from flowmo_diffusers.hub.upload import check_push, push_folder
 from flowmo_diffusers.metrics.pictures import labelled_rows
 from flowmo_diffusers.metrics.validation import Validation
-from flowmo_diffusers.objectives.cost import posttraining_flops, pretraining_flops
+from flowmo_diffusers.objectives.cost import distillation_flops, posttraining_flops, pretraining_flops
+from flowmo_diffusers.objectives.distill import DistillationWeights, distillation_loss
 from flowmo_diffusers.objectives.flow import FlowDraws
 from flowmo_diffusers.objectives.joint import JointCodeDistribution
 from flowmo_diffusers.objectives.perceptual import PerceptualDistance, load_perceptual_network
@@ -52,10 +56,11 @@ from flowmo_diffusers.objectives.posttrain import ChainDraws, posttraining_loss
 from flowmo_diffusers.objectives.pretrain import LossWeights, pretraining_loss
 
 
-# The paper's values where the two stages differ.
+# Where the stages differ: the paper's values of the first two.
 STAGES = {
     "pretrain": {"learning_rate": 1e-4, "train_batch_size": 128, "perceptual": "lpips-vgg", "perceptual_weight": 0.1},
     "posttrain": {"learning_rate": 5e-5, "train_batch_size": 64, "perceptual": "resnet50", "perceptual_weight": 0.01},
+    "distill": {"learning_rate": 5e-5, "train_batch_size": 64, "perceptual": "lpips-vgg", "perceptual_weight": 0.1},
 }
 
 # Beside those of every training script, what may change when a run is resumed.
@@ -72,7 +77,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--output_dir", type=Path, required=True, help="where the trained pipeline is written")
 
     model = parser.add_argument_group("model").add_argument
-    model("--pretrained_model_name_or_path", help="pipeline to start from; required for posttrain")
+    model("--pretrained_model_name_or_path", help="pipeline to start from; required for posttrain and distill")
     model("--model_config", help="JSON file or text with FlowMoAutoencoder's fields, to start anew; default FlowMo-Lo")
 
     data = parser.add_argument_group("data").add_argument
@@ -93,17 +98,21 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     optim = parser.add_argument_group("optimisation")
     add = optim.add_argument
-    add("--train_batch_size", type=int, help="images per process and step; default 128, posttrain 64")
-    add("--learning_rate", type=float, help="default 1e-4, posttrain 5e-5")
+    add("--train_batch_size", type=int, help="images per process and step; default 128, 64 after pretrain")
+    add("--learning_rate", type=float, help="default 1e-4, 5e-5 after pretrain")
     add("--norm_rescaling", action=argparse.BooleanOptionalAction, default=True, help="hold the blocks' weight norms")
     add("--freeze_encoder_steps", type=int, default=200_000, help="pretrain: freeze the encoder after these steps")
     add_optimisation_options(optim)
-    parser.set_defaults(gradient_checkpointing=None)  # on for posttrain
+    parser.set_defaults(gradient_checkpointing=None)  # on after pretrain
 
     loss = parser.add_argument_group("loss").add_argument
     loss("--perceptual", help="lpips-vgg, lpips-alex, resnet50, none, or a transformers classifier")
     loss("--perceptual_weights", type=Path, help="local file with the perceptual network's weights")
     loss("--perceptual_weight", type=float, help="default 0.1, posttrain 0.01")
+    weights = DistillationWeights
+    loss("--sample_weight", type=float, default=weights.sample, help="distill: squared distance to the teacher's")
+    loss("--image_weight", type=float, default=weights.image, help="distill: perceptual distance to the image")
+    loss("--flow_weight", type=float, default=weights.flow, help="distill: of the flow loss")
     loss("--entropy_weight", type=float, default=LossWeights.entropy)
     loss("--global_entropy", action="store_true", help="LFQ's batch entropy over processes and accumulation")
     loss("--commit_weight", type=float, default=LossWeights.commit)
@@ -111,13 +120,20 @@ def parse_args(argv=None) -> argparse.Namespace:
     loss("--code_dropout", type=float, default=0.1, help="share of images whose codes are dropped, for guidance")
     loss("--chain_steps", type=int, default=8, help="posttrain: Euler steps of the sampling chain")
 
+    few = parser.add_argument_group("few steps (distill)").add_argument
+    few("--student_steps", type=int, nargs="+", default=[1, 2, 4], help="one of these in each training step; the "
+        "largest becomes the default of the pipeline")  # fmt: skip
+    few("--student_rho", type=float, help="power of the student's grid; default: the teacher's")
+    few("--teacher_num_inference_steps", type=int, help="default: those of the pipeline to start from")
+    few("--teacher_guidance_scale", type=float, help="default: that of the pipeline to start from")
+
     watch = parser.add_argument_group("validation")
     add_validation_options(watch)
     watch.add_argument("--num_inference_steps", type=int, help="of validation; default: the scheduler's, 25")
     watch.add_argument(
         "--guard",
         help="what decides which weights are best: 'psnr', or a perceptual network that is not optimised; 'none' "
-        "keeps the last. Default: none for pretrain; lpips-alex for posttrain, or psnr where that is optimised",
+        "keeps the last. Default: none for pretrain; lpips-alex after it, or psnr where that is optimised",
     )
     watch.add_argument("--guard_weights", type=Path, help="local file with the guard's weights")
 
@@ -129,10 +145,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.gradient_checkpointing is None:
-        args.gradient_checkpointing = args.stage == "posttrain"
+        args.gradient_checkpointing = args.stage != "pretrain"
     if args.guard is None:
         not_optimised = "psnr" if args.perceptual == "lpips-alex" else "lpips-alex"
-        args.guard = not_optimised if args.stage == "posttrain" else "none"
+        args.guard = not_optimised if args.stage != "pretrain" else "none"
     args.hub_model_id = args.hub_model_id or args.output_dir.name
     check_args(parser, args)
     return args
@@ -141,15 +157,21 @@ def parse_args(argv=None) -> argparse.Namespace:
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Everything that can be known to be wrong before data or model are loaded."""
     limits = {
-        "at least 1": ("chain_steps", "num_inference_steps", "shuffle_buffer", "resolution"),
-        "at least 0": ("perceptual_weight", "entropy_weight", "commit_weight", "kl_weight", "freeze_encoder_steps"),
+        "at least 1": (
+            *("chain_steps", "num_inference_steps", "teacher_num_inference_steps", "shuffle_buffer", "resolution"),
+        ),
+        "at least 0": (
+            *("perceptual_weight", "entropy_weight", "commit_weight", "kl_weight", "freeze_encoder_steps"),
+            *("sample_weight", "image_weight", "flow_weight"),
+        ),
+        "positive": ("student_rho",),
         "at least 0 and less than 1": ("code_dropout", "max_bad_fraction"),
     }
-    posttrain = args.stage == "posttrain"
+    posttrain, pretrain = args.stage == "posttrain", args.stage == "pretrain"
     networks = ("none", "psnr")
     rules = (
-        (posttrain and args.pretrained_model_name_or_path is None,
-         "--stage posttrain starts from a pre-trained pipeline: give --pretrained_model_name_or_path"),
+        (not pretrain and args.pretrained_model_name_or_path is None,
+         f"--stage {args.stage} starts from a trained pipeline: give --pretrained_model_name_or_path"),
         (posttrain and args.perceptual == "none",
          "--stage posttrain needs a perceptual network: --perceptual none leaves nothing to seek modes by"),
         (args.pretrained_model_name_or_path and args.model_config,
@@ -163,8 +185,9 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         (Path(args.guard).name == Path(args.perceptual).name and args.guard not in networks,
          f"--guard {args.guard} is what --perceptual optimises: it cannot tell whether that is being hacked"),
         (args.guard_weights and args.guard in networks, f"--guard_weights: --guard {args.guard} has no weights"),
+        (min(args.student_steps) < 1, f"--student_steps {args.student_steps} must all be at least 1"),
         (args.perceptual_weights and args.perceptual == "none", "--perceptual_weights: --perceptual none has none"),
-        (launched_with("deepspeed") and not posttrain and 0 < args.freeze_encoder_steps < args.max_train_steps,
+        (launched_with("deepspeed") and pretrain and 0 < args.freeze_encoder_steps < args.max_train_steps,
          "--freeze_encoder_steps: DeepSpeed cannot freeze the encoder on the way. Train for so many steps, then go on "
          "from that folder with --freeze_encoder_steps 0"),
     )  # fmt: skip
@@ -221,9 +244,29 @@ def build_networks(args: argparse.Namespace, device: torch.device) -> dict[str, 
     }
 
 
+def build_teacher(args: argparse.Namespace, pipeline: FlowMoPipeline, device: torch.device) -> FlowMoPipeline:
+    """The pipeline as it is before training, with a sampler as the options ask for."""
+    changes = {"num_inference_steps": args.teacher_num_inference_steps, "guidance_scale": args.teacher_guidance_scale}
+    given = {name: value for name, value in changes.items() if value is not None}
+    scheduler = FlowMoScheduler.from_config(pipeline.scheduler.config, **given)
+    model = copy.deepcopy(pipeline.autoencoder).requires_grad_(False).eval().to(device)
+    if args.compile:
+        model.compile_repeated_blocks()
+    teacher = FlowMoPipeline(model, scheduler)
+    teacher.set_progress_bar_config(disable=True)
+    return teacher
+
+
+def student_scheduler(args: argparse.Namespace, teacher: FlowMoScheduler) -> FlowMoScheduler:
+    """Few steps without guidance, which the student has learnt from its teacher."""
+    rho = args.student_rho or teacher.config.rho
+    recipe = {"num_inference_steps": max(args.student_steps), "guidance_scale": 1.0, "rho": rho, "solver": "euler"}
+    return FlowMoScheduler.from_config(teacher.config, **recipe)
+
+
 class TokenizerTraining(Task):
     """
-    Either stage of a tokenizer.
+    Any stage of a tokenizer.
 
     Args:
         images: To train on.
@@ -249,6 +292,10 @@ class TokenizerTraining(Task):
         )
         self.bad = BadImages(args.max_bad_fraction, self.num_images)
         self.joint: JointCodeDistribution | None = None
+        self.teacher = build_teacher(args, pipeline, accelerator.device) if args.stage == "distill" else None
+        if self.teacher is not None:
+            pipeline.scheduler = student_scheduler(args, pipeline.scheduler)
+        self.student_steps = max(args.student_steps)
 
     def prepared(self, trained: torch.nn.Module) -> None:
         super().prepared(trained)
@@ -272,8 +319,11 @@ class TokenizerTraining(Task):
         )
 
     def before_step(self, step: int) -> None:
-        if self.args.stage == "posttrain" or step >= self.args.freeze_encoder_steps:
+        args = self.args
+        if args.stage != "pretrain" or step >= args.freeze_encoder_steps:
             self.model.encoder.requires_grad_(False)
+        generator = keyed_generator(args.seed, "student steps", step)  # the same for all processes
+        self.student_steps = args.student_steps[torch.randint(len(args.student_steps), (), generator=generator)]
 
     def before_group(self, batches: Sequence[dict]) -> None:
         for batch in batches:
@@ -292,13 +342,29 @@ class TokenizerTraining(Task):
         draws = FlowDraws.sample(x, generators, args.code_dropout)
         if args.stage == "pretrain":
             return pretraining_loss(self.trained, x, draws, self.perceptual, self.weights, generators)
-        chain = ChainDraws.sample(x, generators, args.chain_steps)
-        return posttraining_loss(self.trained, x, draws, chain, self.perceptual, self.weights, generators)
+        if args.stage == "posttrain":
+            chain = ChainDraws.sample(x, generators, args.chain_steps)
+            return posttraining_loss(self.trained, x, draws, chain, self.perceptual, self.weights, generators)
+        return self._distillation_losses(x, draws, generators)
+
+    def _distillation_losses(self, x: torch.Tensor, draws: FlowDraws, generators: list[torch.Generator]) -> Losses:
+        args, scheduler = self.args, self.pipeline.scheduler
+        scheduler.set_timesteps(self.student_steps)
+        z = randn_tensor(x.shape, generators, x.device)
+        chain = ChainDraws(z, scheduler.times.to(x.device).expand(len(x), -1))
+        with torch.no_grad():
+            codes = self.trained(images=x, generator=generators).codes
+        target = self.teacher.decode(codes, *x.shape[-2:], latents=z, output_type="latent")
+        weights = DistillationWeights(args.sample_weight, args.perceptual_weight, args.image_weight, args.flow_weight)
+        return distillation_loss(self.trained, x, codes, target, draws, chain, self.perceptual, weights)
 
     def flops_per_image(self, step: int) -> float:
         args, config, side = self.args, self.model.config, self.validation.originals.shape[-1]
         if args.stage == "posttrain":
             return posttraining_flops(config, side, side, args.chain_steps)
+        if args.stage == "distill":
+            forwards = self.teacher.num_forwards()
+            return distillation_flops(config, side, side, self.student_steps, forwards, args.flow_weight > 0)
         return pretraining_flops(config, side, side, encoder_trained=step < args.freeze_encoder_steps)
 
     def check(self, images_seen: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ class TrainingRun:
     The facts of a finished training run.
 
     Args:
-        stage: "pretrain", "posttrain" or "generator".
+        stage: "pretrain", "posttrain", "distill" or "generator".
         dataset: Hub id or path, as the user gave it.
         base_model: The pipeline that training started from, Hub id or path; `None` for a new model.
         tokenizer: The pipeline whose tokens a generator was trained on, Hub id or path.

@@ -29,6 +29,7 @@ __all__ = ["TrainingRun", "write_model_card"]
 STAGES = {
     "pretrain": "stage 1A, mode-matching pre-training of encoder and decoder",
     "posttrain": "stage 1B, mode-seeking post-training of the decoder",
+    "distill": "stage 1C, few-step distillation of the decoder",
     "generator": "a generator of a tokenizer's tokens",
 }
 

@@ -45,6 +45,23 @@ def posttraining_flops(
     return encoder_flops(*image) + (1 + chain_steps) * a_pass
 
 
+def distillation_flops(
+    config: Mapping[str, Any], height: int, width: int, student_steps: int, teacher_forwards: int, flow: bool = True
+) -> int:
+    """
+    Model FLOPs of one image in stage 1C: the encoder once, the teacher's sample, the student's, and the flow loss.
+
+    Args:
+        config: The `config` of a [`FlowMoAutoencoder`].
+        height: Of the image in pixels; a multiple of the patch size, as is `width`.
+        student_steps: Forwards of the student's sample.
+        teacher_forwards: Of the teacher's sample, guidance counted twice; 0 where it is read from a cache.
+        flow: Whether there is a flow loss.
+    """
+    image = (config, height, width)
+    return encoder_flops(*image) + (teacher_forwards + 3 * (student_steps + flow)) * decoder_flops(*image)
+
+
 def generator_training_flops(config: Mapping[str, Any]) -> int:
     """
     Model FLOPs of training a token generator on the tokens of one image.
