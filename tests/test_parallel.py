@@ -137,6 +137,16 @@ def test_posttraining_on_two_processes(run, joint, tmp_path, tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_distillation_on_two_processes(run, tmp_path):
+    """Stage 1C whose processes take different numbers of steps, or spoil each other's kept samples."""
+    run(tmp_path / "pre", max_train_steps=1, validation_steps=0)
+    options = {"stage": "distill", "model_config": None, "pretrained_model_name_or_path": tmp_path / "pre"}
+    options |= {"teacher_num_inference_steps": 3, "center_crop": True, "no-random_flip": True}
+    one = run(tmp_path / "one", **options, teacher_cache=tmp_path / "a")
+    assert_same_run(run(tmp_path / "two", 2, **options, teacher_cache=tmp_path / "b", train_batch_size=4), one)
+
+
+@pytest.mark.slow
 def test_encoder_frozen_on_the_way(run, tmp_path):
     """Processes that wait for the gradients of an encoder that was frozen, or differ from one process after it."""
     options = {"freeze_encoder_steps": 2, "global_entropy": True}

@@ -233,6 +233,32 @@ def test_the_student_learns_its_teacher(train, tmp_path):
     assert sum(distances[-5:]) < 0.7 * sum(distances[:5])
 
 
+def test_a_teacher_asked_once(train, script, tmp_path, monkeypatch):
+    """Samples that are computed again, differ from those computed, or are taken from another teacher."""
+    folder = make_images(tmp_path / "images")
+    data = {"dataset_name": None, "train_data_dir": folder, "num_validation_images": 1}
+    train(tmp_path / "pre", **data, max_train_steps=3)
+    options = {"stage": "distill", "pretrained_model_name_or_path": tmp_path / "pre", "teacher_num_inference_steps": 3}
+    options |= {"guard": "none", "center_crop": True, "no-random_flip": True, "teacher_cache": tmp_path / "cached"}
+    first = train(tmp_path / "first", **data, **options, max_train_steps=5)  # of 4 images, of which there are 11
+
+    class Absent(FlowMoPipeline):
+        def decode(self, *args, **kwargs):
+            raise AssertionError("the teacher was asked again")
+
+    build = script.build_teacher
+
+    def absent(*args):
+        teacher = build(*args)
+        return Absent(teacher.autoencoder, teacher.scheduler)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(script, "build_teacher", absent)
+        assert same(first, train(tmp_path / "second", **data, **options, max_train_steps=5))
+    with pytest.raises(ValueError, match="cached holds the samples of another teacher.*sampler"):
+        train(tmp_path / "third", **data, **options | {"teacher_num_inference_steps": 4})
+
+
 def test_what_is_logged(train, tmp_path):
     """A figure that users steer a run by and that is not logged, or is not a number."""
     train(tmp_path / "out", validation_steps=2)

@@ -26,8 +26,9 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from flowmo_diffusers import FlowMoAutoencoder, FlowMoPipeline, FlowMoScheduler
 from flowmo_diffusers.data.images import hold_out, load_images, load_streams, stack_images
 from flowmo_diffusers.data.loading import BadImages, ShuffledImages, StreamedImages, image_batches
+from flowmo_diffusers.data.samples import SampleCache
 from flowmo_diffusers.data.transforms import ImageTransform
-from flowmo_diffusers.engine.digests import config_entries
+from flowmo_diffusers.engine.digests import config_entries, json_digest, module_digest
 from flowmo_diffusers.engine.launch import launched_with
 from flowmo_diffusers.engine.norms import NormRescaler
 from flowmo_diffusers.engine.options import parse_with_config
@@ -66,7 +67,7 @@ STAGES = {
 # Beside those of every training script, what may change when a run is resumed.
 FREE_OPTIONS = {
     *("cache_dir", "train_data_dir", "pretrained_model_name_or_path", "model_config"),
-    *("perceptual_weights", "guard_weights", "num_inference_steps", "max_bad_fraction"),
+    *("perceptual_weights", "guard_weights", "num_inference_steps", "max_bad_fraction", "teacher_cache"),
 }
 
 
@@ -125,6 +126,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "largest becomes the default of the pipeline")  # fmt: skip
     few("--student_rho", type=float, help="power of the student's grid; default: the teacher's")
     few("--teacher_num_inference_steps", type=int, help="default: those of the pipeline to start from")
+    few("--teacher_cache", type=Path, help="folder that keeps the teacher's sample of each image, from one noise each")
     few("--teacher_guidance_scale", type=float, help="default: that of the pipeline to start from")
 
     watch = parser.add_argument_group("validation")
@@ -185,6 +187,9 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         (Path(args.guard).name == Path(args.perceptual).name and args.guard not in networks,
          f"--guard {args.guard} is what --perceptual optimises: it cannot tell whether that is being hacked"),
         (args.guard_weights and args.guard in networks, f"--guard_weights: --guard {args.guard} has no weights"),
+        (args.teacher_cache and args.stage != "distill", "--teacher_cache belongs to --stage distill"),
+        (args.teacher_cache and (args.streaming or args.random_flip or not args.center_crop),
+         "--teacher_cache keeps one sample an image: give --center_crop and --no-random_flip, and no --streaming"),
         (min(args.student_steps) < 1, f"--student_steps {args.student_steps} must all be at least 1"),
         (args.perceptual_weights and args.perceptual == "none", "--perceptual_weights: --perceptual none has none"),
         (launched_with("deepspeed") and pretrain and 0 < args.freeze_encoder_steps < args.max_train_steps,
@@ -257,6 +262,21 @@ def build_teacher(args: argparse.Namespace, pipeline: FlowMoPipeline, device: to
     return teacher
 
 
+def build_cache(
+    args: argparse.Namespace, teacher: FlowMoPipeline, images: ShuffledImages, resolution: int, precision: str
+) -> SampleCache:
+    """Of a sample for each training image."""
+    model = teacher.autoencoder
+    identity = {
+        "images": images.source.fingerprint(),
+        "teacher": json_digest([config_entries(model), module_digest(model)]),
+        "sampler": config_entries(teacher.scheduler),
+        "precision": precision,
+        "seed": args.seed,
+    }
+    return SampleCache(args.teacher_cache, (len(images), model.config.in_channels, resolution, resolution), identity)
+
+
 def student_scheduler(args: argparse.Namespace, teacher: FlowMoScheduler) -> FlowMoScheduler:
     """Few steps without guidance, which the student has learnt from its teacher."""
     rho = args.student_rho or teacher.config.rho
@@ -295,6 +315,11 @@ class TokenizerTraining(Task):
         self.teacher = build_teacher(args, pipeline, accelerator.device) if args.stage == "distill" else None
         if self.teacher is not None:
             pipeline.scheduler = student_scheduler(args, pipeline.scheduler)
+        self.teacher_forwards = 0  # of the last batch
+        self.cache: SampleCache | None = None
+        if args.teacher_cache is not None:
+            with accelerator.local_main_process_first():
+                self.cache = build_cache(args, self.teacher, images, originals.shape[-1], accelerator.mixed_precision)
         self.student_steps = max(args.student_steps)
 
     def prepared(self, trained: torch.nn.Module) -> None:
@@ -345,26 +370,46 @@ class TokenizerTraining(Task):
         if args.stage == "posttrain":
             chain = ChainDraws.sample(x, generators, args.chain_steps)
             return posttraining_loss(self.trained, x, draws, chain, self.perceptual, self.weights, generators)
-        return self._distillation_losses(x, draws, generators)
+        return self._distillation_losses(batch, x, draws, generators)
 
-    def _distillation_losses(self, x: torch.Tensor, draws: FlowDraws, generators: list[torch.Generator]) -> Losses:
+    def _distillation_losses(
+        self, batch: dict, x: torch.Tensor, draws: FlowDraws, generators: list[torch.Generator]
+    ) -> Losses:
         args, scheduler = self.args, self.pipeline.scheduler
-        scheduler.set_timesteps(self.student_steps)
-        z = randn_tensor(x.shape, generators, x.device)
-        chain = ChainDraws(z, scheduler.times.to(x.device).expand(len(x), -1))
         with torch.no_grad():
             codes = self.trained(images=x, generator=generators).codes
-        target = self.teacher.decode(codes, *x.shape[-2:], latents=z, output_type="latent")
+        z, target = self._teach(batch, codes, generators)
+        scheduler.set_timesteps(self.student_steps)
+        chain = ChainDraws(z, scheduler.times.to(x.device).expand(len(x), -1))
         weights = DistillationWeights(args.sample_weight, args.perceptual_weight, args.image_weight, args.flow_weight)
         return distillation_loss(self.trained, x, codes, target, draws, chain, self.perceptual, weights)
+
+    def _teach(
+        self, batch: dict, codes: torch.Tensor, generators: list[torch.Generator]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise, and the teacher's samples from it."""
+        shape, device = batch["images"].shape, codes.device
+        numbers = None
+        if self.cache is not None and not batch["bad"]:  # in whose place others are shown
+            numbers = [self.images.number(visit) for visit in batch["visits"].tolist()]
+            generators = [keyed_generator(self.args.seed, "teacher", number, device) for number in numbers]
+        z = randn_tensor(shape, generators, device)
+        target = None if numbers is None else self.cache.read(numbers)
+        self.teacher_forwards = 0
+        if target is None:
+            self.teacher_forwards = self.teacher.num_forwards()
+            target = self.teacher.decode(codes, *shape[-2:], latents=z, output_type="latent")
+            if numbers is not None:
+                target = self.cache.write(numbers, target)
+        return z, target.to(device)
 
     def flops_per_image(self, step: int) -> float:
         args, config, side = self.args, self.model.config, self.validation.originals.shape[-1]
         if args.stage == "posttrain":
             return posttraining_flops(config, side, side, args.chain_steps)
         if args.stage == "distill":
-            forwards = self.teacher.num_forwards()
-            return distillation_flops(config, side, side, self.student_steps, forwards, args.flow_weight > 0)
+            steps = (self.student_steps, self.teacher_forwards)
+            return distillation_flops(config, side, side, *steps, flow=args.flow_weight > 0)
         return pretraining_flops(config, side, side, encoder_trained=step < args.freeze_encoder_steps)
 
     def check(self, images_seen: int) -> dict[str, float]:
