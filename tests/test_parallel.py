@@ -141,7 +141,7 @@ def test_distillation_on_two_processes(run, tmp_path):
     """Stage 1C whose processes take different numbers of steps, or spoil each other's kept samples."""
     run(tmp_path / "pre", max_train_steps=1, validation_steps=0)
     options = {"stage": "distill", "model_config": None, "pretrained_model_name_or_path": tmp_path / "pre"}
-    options |= {"teacher_num_inference_steps": 3, "center_crop": True, "no-random_flip": True}
+    options |= {"teacher_num_inference_steps": 3, "center_crop": True, "no-random_flip": True, "random_scale": None}
     one = run(tmp_path / "one", **options, teacher_cache=tmp_path / "a")
     assert_same_run(run(tmp_path / "two", 2, **options, teacher_cache=tmp_path / "b", train_batch_size=4), one)
 
