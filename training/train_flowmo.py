@@ -218,6 +218,7 @@ def read_model_config(args: argparse.Namespace) -> dict:
 def run_config(args: argparse.Namespace, model_config: dict, num_processes: int) -> dict:
     """What decides the course of the run."""
     facts = {f"model.{name}": value for name, value in model_config.items()}
+    facts["teacher_cached"] = args.teacher_cache is not None  # where noise is an image's, not a visit's
     if args.streaming:  # readers share the shards of a stream, images that of everything else
         facts |= {"num_processes": num_processes, "dataloader_num_workers": args.dataloader_num_workers}
     return course(args, num_processes, FREE_OPTIONS, facts)
