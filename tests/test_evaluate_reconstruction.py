@@ -235,6 +235,16 @@ def test_every_combination_of_settings_is_measured(tmp_path, images, tiny):
     assert found[1].sampling == {"guidance_interval": (0.0, float("inf"))}
 
 
+def test_distortion_by_forwards(tmp_path, images, tiny):
+    """Forwards that are not counted, or a plot whose curves are of one setting each."""
+    words = ("--pretrained_model_name_or_path", tiny, "--sweep", "num_inference_steps=1,25", "solver=euler,heun")
+    figures = [each["figures"]["forwards"] for each in run(tmp_path, images, *words, "--metrics")["results"]]
+    assert figures == [1, 1, 31, 61]
+    assert (tmp_path / "out" / "forwards.png").is_file()
+    curve = load_script("evaluate_reconstruction").curve
+    assert curve("tiny, num_inference_steps 25, solver heun") == "tiny, solver heun"
+
+
 def test_models_of_different_sizes_need_a_resolution(tmp_path, images, tiny):
     script = load_script("evaluate_reconstruction")
     with pytest.raises(ValueError, match="--resolution must be given: the pipelines' own are"):

@@ -6,7 +6,7 @@ import PIL.Image
 import pytest
 import torch
 
-from flowmo_diffusers.metrics.report import environment, markdown_table, rate_distortion_plot, write_json
+from flowmo_diffusers.metrics.report import distortion_plot, environment, markdown_table, write_json
 
 
 RESULTS = [
@@ -31,7 +31,7 @@ def test_psnr_official_is_no_psnr_of_another_network():
 
 
 def test_a_plot_is_a_picture_with_a_panel_for_each_distortion(tmp_path):
-    rate_distortion_plot(RESULTS, tmp_path / "plot.png")
+    distortion_plot(RESULTS, tmp_path / "plot.png")
     with PIL.Image.open(tmp_path / "plot.png") as picture:
         assert picture.format == "PNG" and picture.width > 1.8 * picture.height
     assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]

@@ -49,7 +49,7 @@ from flowmo_diffusers.metrics.options import (
 from flowmo_diffusers.metrics.pictures import labelled_rows
 from flowmo_diffusers.metrics.reconstruction import psnr_of
 from flowmo_diffusers.metrics.reconstructors import FlowMoReconstructor, Reconstructor
-from flowmo_diffusers.metrics.report import environment, markdown_table, rate_distortion_plot, write_json
+from flowmo_diffusers.metrics.report import distortion_plot, environment, markdown_table, write_json
 from flowmo_diffusers.objectives.perceptual import load_perceptual_network
 
 
@@ -239,9 +239,11 @@ def summarize(
     bad = describe_bad(rows, args.max_bad_fraction)
     figures = evaluation.figures(rows, originals, transform.height * transform.width)
     figures["images_per_second"] = 1 / rows.read("seconds")["seconds"].mean().item()
-    if isinstance(reconstructor, FlowMoReconstructor) and reconstructor.pipeline.autoencoder.quantize.is_discrete:
+    if isinstance(reconstructor, FlowMoReconstructor):
+        figures["forwards"] = reconstructor.pipeline.num_forwards(**reconstructor.sampling)
         quantizer = reconstructor.pipeline.autoencoder.quantize
-        figures |= code_figures(rows, quantizer.group_size, quantizer.levels)
+        if quantizer.is_discrete:
+            figures |= code_figures(rows, quantizer.group_size, quantizer.levels)
     return {
         "name": reconstructor.name,
         "group": group,
@@ -351,7 +353,15 @@ def report(args: argparse.Namespace, conditions: dict, results: list[dict], devi
         path.write_text(table)
     print(table, flush=True)
     if len({result["group"] for result in results}) > 1:
-        rate_distortion_plot(results, args.output_dir / "rate_distortion.png")
+        distortion_plot(results, args.output_dir / "rate_distortion.png")
+    by_steps = [{**each, "group": curve(each["name"])} for each in results if "forwards" in each["figures"]]
+    if len({each["figures"]["forwards"] for each in by_steps}) > 1:
+        distortion_plot(by_steps, args.output_dir / "forwards.png", against="forwards")
+
+
+def curve(name: str) -> str:
+    """The name of a setting without its number of steps."""
+    return re.sub(r", num_inference_steps \d+", "", name)
 
 
 def picture_path(args: argparse.Namespace, reconstructor: Reconstructor) -> Path:

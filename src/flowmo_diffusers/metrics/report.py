@@ -31,6 +31,7 @@ FIGURES = {
     "lpips_alex": (4, "↓"),
     "precision": (3, "↑"),
     "recall": (3, "↑"),
+    "forwards": (0, ""),
     "images_per_second": (2, ""),
 }
 DISTORTIONS = ("psnr", "ssim", "lpips_vgg", "lpips_alex", "rfid")
@@ -78,12 +79,17 @@ def _cell(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def rate_distortion_plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+AXES = {"bits_per_pixel": "bits per pixel", "forwards": "forwards of the decoder"}
+
+
+def distortion_plot(results: Sequence[Mapping[str, Any]], path: Path, against: str = "bits_per_pixel") -> None:
     """
-    Every distortion that was measured against bits per pixel, as a PNG. Results of one "group" have one colour.
+    Every distortion that was measured against bits per pixel, or another figure that all results have, as a PNG.
+    Results of one "group" have one colour, and a line if they differ in that figure.
 
     Args:
         results: As for [`markdown_table`], each with a "group" besides.
+        against: A name of AXES.
 
     Raises:
         ImportError: Without matplotlib.
@@ -98,14 +104,14 @@ def rate_distortion_plot(results: Sequence[Mapping[str, Any]], path: Path) -> No
     for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for number, group in enumerate(groups):
             points = [r["figures"] for r in results if r["group"] == group and name in r["figures"]]
-            points.sort(key=lambda figures: figures["bits_per_pixel"])
-            rates = [figures["bits_per_pixel"] for figures in points]
-            line = "-" if len(set(rates)) == len(rates) else ""  # settings of one model share a rate: no curve
+            points.sort(key=lambda figures: figures[against])
+            places = [figures[against] for figures in points]
+            line = "-" if len(set(places)) == len(places) else ""  # settings of one model share a rate: no curve
             marker = "osD^v<>PX*"[number % 10]
-            axes.plot(rates, [figures[name] for figures in points], line + marker, color=f"C{number}", label=group)
-        rates = [result["figures"]["bits_per_pixel"] for result in results]
+            axes.plot(places, [figures[name] for figures in points], line + marker, color=f"C{number}", label=group)
+        places = [result["figures"][against] for result in results]
         axes.set_xscale("log", base=2)
-        axes.set(xlim=(min(rates) / 1.6, max(rates) * 1.6), xlabel="bits per pixel")  # wide enough for a tick
+        axes.set(xlim=(min(places) / 1.6, max(places) * 1.6), xlabel=AXES[against])  # wide enough for a tick
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(f"{name} {FIGURES[_figure(name)][1]}")
