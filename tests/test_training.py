@@ -113,7 +113,7 @@ def test_distillation(train, tmp_path):
     assert (recipe.num_inference_steps, recipe.guidance_scale, recipe.rho) == (4, 1.0, 4.0)
     assert pipeline.num_forwards() == 4
     card = (tmp_path / "few" / "README.md").read_text()
-    assert "stage 1C" in card and "reconstructed in 4 steps" in card
+    assert "stage 1C" in card and "reconstructed in 4 steps (4 forwards of the decoder)" in card
 
     shutil.copytree(tmp_path / "few" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
     assert same(second, train(tmp_path / "again", **options, resume_from_checkpoint="latest"))

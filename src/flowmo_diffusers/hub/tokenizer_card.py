@@ -28,8 +28,8 @@ def describe_tokenizer(pipeline: FlowMoPipeline, run: TrainingRun, source: str) 
         architecture=_architecture(model),
         figures=(
             f"Means over {run.held_out_images:,} images that were not trained on, at {run.resolution} × "
-            f"{run.resolution} pixels,\nreconstructed in {run.num_inference_steps} steps with the pipeline's default "
-            "guidance."
+            f"{run.resolution} pixels,\nreconstructed in {run.num_inference_steps} steps "
+            f"({pipeline.num_forwards(run.num_inference_steps)} forwards of the decoder)."
         ),
         metrics=METRICS,
         pipeline_tag="image-to-image",
