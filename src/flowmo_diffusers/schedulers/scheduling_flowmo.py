@@ -19,7 +19,7 @@ class FlowMoSchedulerOutput(BaseOutput):
     prev_sample: torch.Tensor
 
 
-SOLVERS = ("euler", "heun", "multistep")
+SOLVERS = ("euler", "heun")
 
 
 def check_guidance_interval(interval: Sequence[float]) -> None:
@@ -38,8 +38,7 @@ class FlowMoScheduler(SchedulerMixin, ConfigMixin):
     Args:
         num_train_timesteps: Scale of `timesteps`.
         rho: Power of the schedule; 1 is an even grid, the paper's value is 4.
-        solver: "euler"; "heun", which asks the model twice a step but for the last; or "multistep", which asks it once
-            and goes by the change of its answers (Adams-Bashforth of second order).
+        solver: "euler", or "heun", which asks the model twice a step but for the last.
         num_inference_steps: n where a call names none, for which the model was made.
         guidance_scale: As `num_inference_steps`; see [`FlowMoPipeline`] for this and the next.
         guidance_interval: EDM noise levels, the lower one first.
@@ -75,7 +74,7 @@ class FlowMoScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.linspace(num_train_timesteps, 0, num_train_timesteps)
         self._step_index = None
         self._begin_index = None
-        self._kept: tuple | None = None  # by the solver, from one call to the next
+        self._heun_start: tuple | None = None
 
     @property
     def step_index(self) -> int | None:
@@ -126,7 +125,7 @@ class FlowMoScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = (asked * self.config.num_train_timesteps).to(device)
         self._step_index = None
         self._begin_index = None
-        self._kept = None
+        self._heun_start = None
 
     def step(
         self,
@@ -155,11 +154,8 @@ class FlowMoScheduler(SchedulerMixin, ConfigMixin):
         if self._step_index >= len(self.timesteps):
             raise ValueError("the last step is done: call `set_timesteps` before sampling again")
         v, x = model_output.float(), sample.float()
-        solve = {"euler": self._euler_step, "heun": self._heun_step, "multistep": self._multistep_step}
-        x_next = solve[self.config.solver](v, x)
+        x_next = self._euler_step(v, x) if self.order == 1 else self._heun_step(v, x)
         self._step_index += 1
-        if self._step_index == len(self.timesteps):
-            self._kept = None  # a batch's memory
         x_next = x_next.to(sample.dtype)
         return FlowMoSchedulerOutput(x_next) if return_dict else (x_next,)
 
@@ -172,23 +168,14 @@ class FlowMoScheduler(SchedulerMixin, ConfigMixin):
     def _heun_step(self, v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Euler to the next time, then again from the start with the mean of both velocities (Heun's method)."""
         i = (self._step_index + 1) // 2
-        if self._kept is None:
+        if self._heun_start is None:
             dt = self._step_size(i)
             if i + 1 < self.num_inference_steps:
-                self._kept = (x, v, dt)
+                self._heun_start = (x, v, dt)
             return x - dt * v
-        start, v_start, dt = self._kept
-        self._kept = None
+        start, v_start, dt = self._heun_start
+        self._heun_start = None
         return start - dt * (v_start + v) / 2
-
-    def _multistep_step(self, v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Euler with the velocity of the middle of the step, by the slope between the last two."""
-        dt, v_middle = self._step_size(self._step_index), v
-        if self._kept is not None:
-            v_before, dt_before = self._kept
-            v_middle = v + dt / (2 * dt_before) * (v - v_before)
-        self._kept = (v, dt)
-        return x - dt * v_middle
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """
