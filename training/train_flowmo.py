@@ -106,28 +106,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_optimisation_options(optim)
     parser.set_defaults(gradient_checkpointing=None)  # on after pretrain
 
-    loss = parser.add_argument_group("loss").add_argument
-    loss("--perceptual", help="lpips-vgg, lpips-alex, resnet50, none, or a transformers classifier")
-    loss("--perceptual_weights", type=Path, help="local file with the perceptual network's weights")
-    loss("--perceptual_weight", type=float, help="default 0.1, posttrain 0.01")
-    weights = DistillationWeights
-    loss("--sample_weight", type=float, default=weights.sample, help="distill: squared distance to the teacher's")
-    loss("--image_weight", type=float, default=weights.image, help="distill: perceptual distance to the image")
-    loss("--flow_weight", type=float, default=weights.flow, help="distill: of the flow loss")
-    loss("--entropy_weight", type=float, default=LossWeights.entropy)
-    loss("--global_entropy", action="store_true", help="LFQ's batch entropy over processes and accumulation")
-    loss("--commit_weight", type=float, default=LossWeights.commit)
-    loss("--kl_weight", type=float, default=LossWeights.kl)
-    loss("--code_dropout", type=float, default=0.1, help="share of images whose codes are dropped, for guidance")
-    loss("--chain_steps", type=int, default=8, help="posttrain: Euler steps of the sampling chain")
-
-    few = parser.add_argument_group("few steps (distill)").add_argument
-    few("--student_steps", type=int, nargs="+", default=[1, 2, 4], help="one of these in each training step; the "
-        "largest becomes the default of the pipeline")  # fmt: skip
-    few("--student_rho", type=float, help="power of the student's grid; default: the teacher's")
-    few("--teacher_num_inference_steps", type=int, help="default: those of the pipeline to start from")
-    few("--teacher_cache", type=Path, help="folder that keeps the teacher's sample of each image, from one noise each")
-    few("--teacher_guidance_scale", type=float, help="default: that of the pipeline to start from")
+    add_loss_options(parser.add_argument_group("loss"))
+    add_distillation_options(parser.add_argument_group("distillation"))
 
     watch = parser.add_argument_group("validation")
     add_validation_options(watch)
@@ -154,6 +134,33 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.hub_model_id = args.hub_model_id or args.output_dir.name
     check_args(parser, args)
     return args
+
+
+def add_loss_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--perceptual", help="lpips-vgg, lpips-alex, resnet50, none, or a transformers classifier")
+    add("--perceptual_weights", type=Path, help="local file with the perceptual network's weights")
+    add("--perceptual_weight", type=float, help="default 0.1, posttrain 0.01")
+    add("--entropy_weight", type=float, default=LossWeights.entropy)
+    add("--global_entropy", action="store_true", help="LFQ's batch entropy over processes and accumulation")
+    add("--commit_weight", type=float, default=LossWeights.commit)
+    add("--kl_weight", type=float, default=LossWeights.kl)
+    add("--code_dropout", type=float, default=0.1, help="share of images whose codes are dropped, for guidance")
+    add("--chain_steps", type=int, default=8, help="posttrain: Euler steps of the sampling chain")
+
+
+def add_distillation_options(group: argparse._ArgumentGroup) -> None:
+    """Of stage 1C, beside --perceptual_weight."""
+    add, weights = group.add_argument, DistillationWeights
+    add("--student_steps", type=int, nargs="+", default=[1, 2, 4], help="one of these in each training step; the "
+        "largest becomes the default of the pipeline")  # fmt: skip
+    add("--student_rho", type=float, help="power of the student's grid; default: the teacher's")
+    add("--teacher_num_inference_steps", type=int, help="default: those of the pipeline to start from")
+    add("--teacher_cache", type=Path, help="folder that keeps the teacher's sample of each image, from one noise each")
+    add("--teacher_guidance_scale", type=float, help="default: that of the pipeline to start from")
+    add("--sample_weight", type=float, default=weights.sample, help="of the squared distance to the teacher's")
+    add("--image_weight", type=float, default=weights.image, help="of the perceptual distance to the image")
+    add("--flow_weight", type=float, default=weights.flow, help="of the flow loss")
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
