@@ -113,15 +113,9 @@ def apply_workload_options(parser: argparse.ArgumentParser, args: argparse.Names
 def build_workload(args: argparse.Namespace, **changes) -> Workload:
     """The workload that the options describe, with some of its fields changed."""
     names = ("config", "generator_config", "batch_size", "image_size", "autocast", "compile", "attention_backend")
-    names += (
-        "activation_memory_budget",
-        "perceptual",
-        "num_inference_steps",
-        "guidance_scale",
-        "chain_steps",
-        "lfq_bits",
-    )
-    fields = {name: getattr(args, name) for name in (*names, "lfq_bits")}
+    names += ("activation_memory_budget", "perceptual", "num_inference_steps", "guidance_scale", "chain_steps")
+    names += ("lfq_bits",)
+    fields = {name: getattr(args, name) for name in names}
     fields |= {"device": torch.device(args.device), "dtype": DTYPES[args.dtype], "overrides": args.model_config}
     return Workload(**{**fields, **changes})
 
