@@ -259,6 +259,19 @@ def test_a_teacher_asked_once(train, script, tmp_path, monkeypatch):
         train(tmp_path / "third", **data, **options | {"teacher_num_inference_steps": 4})
 
 
+def test_codes_that_change_have_no_cache(train, tmp_path):
+    """Samples of one draw of a Gaussian's codes that are taken for another draw's."""
+    gaussian = json.dumps(TINY | {"quantizer": "kl"})
+    train(tmp_path / "pre", model_config=gaussian, max_train_steps=1)
+    options = {
+        "stage": "distill",
+        "pretrained_model_name_or_path": tmp_path / "pre",
+        "teacher_cache": tmp_path / "kept",
+    }
+    with pytest.raises(ValueError, match="--teacher_cache: quantizer='kl'"):
+        train(tmp_path / "few", **options, **{"center_crop": True, "no-random_flip": True})
+
+
 def test_what_is_logged(train, tmp_path):
     """A figure that users steer a run by and that is not logged, or is not a number."""
     train(tmp_path / "out", validation_steps=2)

@@ -219,6 +219,8 @@ def read_model_config(args: argparse.Namespace) -> dict:
         raise ValueError(f"--resolution {args.resolution} must be a multiple of patch_size={model.config.patch_size}")
     if args.global_entropy and model.config.quantizer != "lfq":
         raise ValueError(f"--global_entropy: quantizer={model.config.quantizer!r} has no entropy term, 'lfq' has")
+    if args.teacher_cache and model.config.quantizer == "kl":
+        raise ValueError("--teacher_cache: quantizer='kl' draws other codes at each visit, the others do not")
     return config_entries(model)
 
 
