@@ -12,6 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from flowmo_diffusers.engine.seeding import Generators
 from flowmo_diffusers.models.autoencoder_flowmo import FlowMoAutoencoder
+from flowmo_diffusers.models.windows import Windows
 from flowmo_diffusers.pipelines.images import array_to_tensor, image_items, image_size
 from flowmo_diffusers.pipelines.saving import Callback, SafePipeline, check_generator
 from flowmo_diffusers.schedulers.scheduling_flowmo import FlowMoScheduler, check_guidance_interval
@@ -25,7 +26,8 @@ class FlowMoPipelineOutput(BaseOutput):
     """
     Args:
         images: A list of PIL images, or an array (b, h, w, c) or tensor (b, c, h, w) in [0, 1].
-        indices: (b, tokens, groups) int64, `None` where the quantizer is not discrete.
+        indices: (b, tokens, groups) int64, (b, windows, tokens, groups) where there are windows; `None` where the
+            quantizer is not discrete.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
@@ -47,6 +49,8 @@ class FlowMoPipeline(SafePipeline):
 
         >>> tokens = pipe.encode(image)  # to be stored, and decoded later
         >>> reconstruction = pipe.decode(tokens)[0]
+
+        >>> large = pipe(photo, window_size=256).images[0]  # of any size, windows by windows
         ```
     """
 
@@ -55,9 +59,7 @@ class FlowMoPipeline(SafePipeline):
     def __init__(self, autoencoder: FlowMoAutoencoder, scheduler: FlowMoScheduler):
         super().__init__()
         self.register_modules(autoencoder=autoencoder, scheduler=scheduler)
-        self.image_processor = VaeImageProcessor(
-            vae_scale_factor=autoencoder.config.patch_size if autoencoder is not None else 4
-        )
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)  # sizes are checked here, not rounded there
 
     @torch.no_grad()
     def encode(
@@ -66,6 +68,8 @@ class FlowMoPipeline(SafePipeline):
         height: int | None = None,
         width: int | None = None,
         generator: Generators = None,
+        window_size: int | None = None,
+        window_overlap: int | None = None,
     ) -> torch.Tensor:
         """
         Images to tokens.
@@ -74,19 +78,22 @@ class FlowMoPipeline(SafePipeline):
             image: PIL, NumPy, tensor or a list of them, resized to `height` x `width`; see
                 [`~FlowMoPipeline.__call__`].
             generator: For the Gaussian draw of a "kl" model; one, or one for each image.
+            window_size: See [`~FlowMoPipeline.__call__`].
+            window_overlap: As `window_size`.
 
         Returns:
-            Indices (b, tokens, groups) int64 if the quantizer is discrete, else codes (b, tokens, channels). Both are
-            what [`~FlowMoPipeline.decode`] takes.
+            Indices (b, tokens, groups) int64 if the quantizer is discrete, else codes (b, tokens, channels); with
+            windows (b, windows, tokens, ...). All are what [`~FlowMoPipeline.decode`] takes.
 
         Raises:
             ValueError: If an argument has the wrong type, shape or range.
         """
-        images = self._images(image, height, width)
+        images = self._images(image, height, width, whole_patches=window_size is None)
+        windows = self._windows(*images.shape[-2:], window_size, window_overlap)
         check_generator(generator, len(images))
-        encoded = self.autoencoder.encode(images, generator)
+        codes, indices = self._encode(images, windows, generator)
         self.maybe_free_model_hooks()
-        return encoded.codes if encoded.indices is None else encoded.indices
+        return codes if indices is None else indices
 
     @torch.no_grad()
     def decode(
@@ -102,6 +109,9 @@ class FlowMoPipeline(SafePipeline):
         output_type: str = "pil",
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        window_size: int | None = None,
+        window_overlap: int | None = None,
+        window_batch_size: int = 1,
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """
         Tokens to images.
@@ -109,7 +119,7 @@ class FlowMoPipeline(SafePipeline):
         Args:
             tokens: Indices (b, tokens, groups) of whole numbers, codes (b, tokens, channels) of floats (in [-1, 1] if
                 the quantizer is discrete), or the `bytes` of [`FlowMoAutoencoder.pack_codes`], one object or one an
-                image.
+                image. In windows they are (b, windows, tokens, ...), or the bytes of an image's windows joined.
             height: Of the image in pixels; the size is not part of the tokens. Default: the model's `sample_size`.
             width: As `height`.
 
@@ -118,12 +128,13 @@ class FlowMoPipeline(SafePipeline):
         Raises:
             ValueError: If the tokens have the wrong shape, length or range, or another argument is out of range.
         """
-        codes = self._codes(tokens)
+        height = self.autoencoder.config.sample_size if height is None else height
+        width = self.autoencoder.config.sample_size if width is None else width
+        windows = self._windows(height, width, window_size, window_overlap)
+        codes = self._codes(tokens) if windows is None else self._window_codes(tokens, windows)
         num_inference_steps, guidance_scale, guidance_interval = self._recipe(
             num_inference_steps, guidance_scale, guidance_interval
         )
-        height = self.autoencoder.config.sample_size if height is None else height
-        width = self.autoencoder.config.sample_size if width is None else width
         shape = (len(codes), self.autoencoder.config.in_channels, height, width)
         self.check_inputs(
             shape,
@@ -133,9 +144,13 @@ class FlowMoPipeline(SafePipeline):
             latents,
             output_type,
             callback_on_step_end_tensor_inputs,
+            window_size,
+            window_overlap,
+            window_batch_size,
         )
         if latents is None:
-            latents = randn_tensor(shape, generator, codes.device, torch.float32)
+            canvas = shape if windows is None else (*shape[:2], *windows.canvas)
+            latents = randn_tensor(canvas, generator, codes.device, torch.float32)
         latents = latents.to(codes.device, torch.float32)
 
         self._guidance_scale = guidance_scale
@@ -151,7 +166,11 @@ class FlowMoPipeline(SafePipeline):
             for i, (timestep, t) in enumerate(zip(timesteps, times, strict=True)):
                 if self.interrupt:
                     continue
-                v = self._velocity(latents, t, codes, guidance_scale if guided[i] else None)
+                guidance = guidance_scale if guided[i] else None
+                if windows is None:
+                    v = self._velocity(latents, t, codes, guidance)
+                else:
+                    v = self._blended_velocity(latents, t, codes, guidance, windows, window_batch_size)
                 latents = self.scheduler.step(v, timestep, latents, return_dict=False)[0]
                 latents = self._call_back(
                     callback_on_step_end, callback_on_step_end_tensor_inputs, i, timestep, latents
@@ -159,6 +178,8 @@ class FlowMoPipeline(SafePipeline):
                 if i == len(timesteps) - 1 or (i + 1) % self.scheduler.order == 0:
                     progress_bar.update()
 
+        if windows is not None:
+            latents = windows.cut(latents)
         images = self.image_processor.postprocess(latents.clamp(-1, 1), output_type=output_type)
         self.maybe_free_model_hooks()
         return images
@@ -178,6 +199,9 @@ class FlowMoPipeline(SafePipeline):
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        window_size: int | None = None,
+        window_overlap: int | None = None,
+        window_batch_size: int = 1,
     ) -> FlowMoPipelineOutput | tuple:
         r"""
         Images to tokens and back.
@@ -186,7 +210,7 @@ class FlowMoPipeline(SafePipeline):
             image: PIL images, NumPy arrays (h, w, c) or (b, h, w, c) in uint8 or in [0, 1], tensors (c, h, w) or
                 (b, c, h, w) in [-1, 1], or a list of one kind.
             height: Height in pixels to which images are resized, a multiple of the patch size. Default: their own,
-                down to a multiple.
+                down to a multiple. With windows any height will do.
             width: As `height`.
             num_inference_steps: Steps of the flow. This and the next two default to what the configuration of the
                 scheduler says.
@@ -201,11 +225,19 @@ class FlowMoPipeline(SafePipeline):
             callback_on_step_end: Called as `callback(pipe, i, timestep, kwargs)` after each of the `num_timesteps`
                 answers of the model; returns a dict, whose `latents` (x_t, in pixels), if any, take their place.
             callback_on_step_end_tensor_inputs: Names of the tensors given to the callback.
+            window_size: Side in pixels, a multiple of the patch size, of square [`Windows`] over an image of any size,
+                best the size the model was trained on. Each has tokens of its own; their velocities are blended at
+                every step, so that they meet without seams. An image smaller than a window is extended to one and cut
+                back. Default: the image as a whole.
+            window_overlap: Pixels that neighbouring windows share at least. Default: a quarter of `window_size`.
+            window_batch_size: How many windows of each image pass through the decoder at a time.
 
         Raises:
             ValueError: If an argument has the wrong type, shape or range; before the model runs.
         """
-        images = self._images(image, height, width)
+        images = self._images(image, height, width, whole_patches=window_size is None)
+        height, width = images.shape[-2:]
+        windows = self._windows(height, width, window_size, window_overlap)
         self.check_inputs(
             tuple(images.shape),
             num_inference_steps,
@@ -214,12 +246,15 @@ class FlowMoPipeline(SafePipeline):
             latents,
             output_type,
             callback_on_step_end_tensor_inputs,
+            window_size,
+            window_overlap,
+            window_batch_size,
         )
-        encoded = self.autoencoder.encode(images, generator)
+        codes, indices = self._encode(images, windows, generator)
         images = self.decode(
-            encoded.codes,
-            height=images.shape[-2],
-            width=images.shape[-1],
+            codes,
+            height=height,
+            width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
@@ -228,10 +263,13 @@ class FlowMoPipeline(SafePipeline):
             output_type=output_type,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            window_size=window_size,
+            window_overlap=window_overlap,
+            window_batch_size=window_batch_size,
         )
         if not return_dict:
-            return images, encoded.indices
-        return FlowMoPipelineOutput(images=images, indices=encoded.indices)
+            return images, indices
+        return FlowMoPipelineOutput(images=images, indices=indices)
 
     def num_forwards(
         self,
@@ -259,6 +297,37 @@ class FlowMoPipeline(SafePipeline):
             recipe.guidance_interval if interval is None else interval,
         )
 
+    def _encode(
+        self, images: torch.Tensor, windows: Windows | None, generator: Generators
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Codes and indices of images, or of their windows, one at a time."""
+        if windows is None:
+            encoded = self.autoencoder.encode(images, generator)
+            return encoded.codes, encoded.indices
+        canvas = windows.extend(images)
+        crops = (windows.crop(canvas, range(i, i + 1)).flatten(0, 1) for i in range(len(windows)))
+        encoded = [self.autoencoder.encode(crop, generator) for crop in crops]
+        codes = torch.stack([one.codes for one in encoded], dim=1)
+        return codes, torch.stack([one.indices for one in encoded], dim=1) if encoded[0].indices is not None else None
+
+    def _blended_velocity(
+        self,
+        latents: torch.Tensor,
+        t: torch.Tensor,
+        codes: torch.Tensor,
+        guidance: float | None,
+        windows: Windows,
+        window_batch_size: int,
+    ) -> torch.Tensor:
+        """The mean over all windows that hold a pixel, so that they are denoised together."""
+        total = torch.zeros_like(latents)
+        for first in range(0, len(windows), window_batch_size):
+            some = range(first, min(first + window_batch_size, len(windows)))
+            x_t = windows.crop(latents, some).flatten(0, 1)
+            v = self._velocity(x_t, t, codes[:, some.start : some.stop].flatten(0, 1), guidance)
+            windows.add(total, v.float().unflatten(0, (len(latents), len(some))), some)
+        return total
+
     def _velocity(
         self, latents: torch.Tensor, t: torch.Tensor, codes: torch.Tensor, guidance: float | None
     ) -> torch.Tensor:
@@ -272,20 +341,40 @@ class FlowMoPipeline(SafePipeline):
         v_code, v_null = both.velocity.float().chunk(2)
         return v_null + guidance * (v_code - v_null)
 
-    def _images(self, image: PipelineImageInput, height: int | None, width: int | None) -> torch.Tensor:
+    def _images(
+        self, image: PipelineImageInput, height: int | None, width: int | None, whole_patches: bool = True
+    ) -> torch.Tensor:
         """Any accepted input to (b, c, height, width) in [-1, 1] on the model's device and in its dtype."""
         items = image_items(image)
         sizes = sorted({image_size(item) for item in items})
         if len(sizes) > 1 and (height is None or width is None):
             raise ValueError(f"image has different sizes (h, w) in one batch, {sizes}: give `height` and `width`")
-        patch = self.autoencoder.config.patch_size
+        patch = self.autoencoder.config.patch_size if whole_patches else 1
         if height is None and sizes[0][0] < patch or width is None and sizes[0][1] < patch:
             raise ValueError(f"image of (h, w) = {sizes[0]} is smaller than a patch of {patch} x {patch} pixels")
         height = sizes[0][0] // patch * patch if height is None else height
         width = sizes[0][1] // patch * patch if width is None else width
-        self._check_size(height, width)
+        self._check_size(height, width, patch)
         images = torch.cat([self._image(item, height, width) for item in items])
         return images.to(self._execution_device, self.autoencoder.dtype)
+
+    def _windows(self, height: int, width: int, window_size: int | None, window_overlap: int | None) -> Windows | None:
+        patch = self.autoencoder.config.patch_size
+        if window_size is not None:
+            if window_size % patch:
+                raise ValueError(f"window_size={window_size} must be a multiple of the patch size {patch}")
+            return Windows(height, width, window_size, window_overlap)
+        if window_overlap is not None:
+            raise ValueError(f"window_overlap={window_overlap} needs a window_size")
+        self._check_size(height, width, patch)
+        return None
+
+    def _check_size(self, height: int, width: int, patch: int) -> None:
+        if height < patch or width < patch or height % patch or width % patch:
+            raise ValueError(
+                f"height={height} and width={width} must be positive multiples of the patch size "
+                f"{self.autoencoder.config.patch_size}, or positive where a window_size is given"
+            )
 
     def _image(self, item: PIL.Image.Image | np.ndarray | torch.Tensor, height: int, width: int) -> torch.Tensor:
         """One item to (n, c, height, width) float32 in [-1, 1]; n is 1 but for arrays with a batch dimension."""
@@ -295,7 +384,7 @@ class FlowMoPipeline(SafePipeline):
         images = array_to_tensor(item)
         if images.shape[-2:] != (height, width):
             images = torch.nn.functional.interpolate(images, (height, width), mode="bilinear", antialias=True)
-        self.autoencoder._check_images(images, "image")
+        self.autoencoder._check_channels(images, "image")
         return images
 
     def _codes(self, tokens: Tokens) -> torch.Tensor:
@@ -321,6 +410,26 @@ class FlowMoPipeline(SafePipeline):
             raise ValueError("tokens are empty: there is no image to decode")
         return codes.to(self._execution_device, autoencoder.dtype)
 
+    def _window_codes(self, tokens: Tokens, windows: Windows) -> torch.Tensor:
+        """As `_codes`, (b, windows, tokens, channels)."""
+        if isinstance(tokens, (torch.Tensor, np.ndarray)):
+            if tokens.ndim != 4 or tokens.shape[1] != len(windows):
+                raise ValueError(
+                    f"tokens have shape {tuple(tokens.shape)}; expected (batch, {len(windows)} windows, tokens, ...)"
+                )
+            rows = tokens.reshape(-1, *tokens.shape[2:])
+        else:
+            packed = [tokens] if isinstance(tokens, bytes) else list(tokens)
+            window = self.autoencoder.bytes_per_image
+            rows = []
+            for image in packed:
+                if not isinstance(image, bytes) or len(image) != len(windows) * window:
+                    raise ValueError(
+                        f"tokens must be tensors, or bytes of {len(windows)} windows of {window} bytes for each image"
+                    )
+                rows += [image[i : i + window] for i in range(0, len(image), window)]
+        return self._codes(rows).unflatten(0, (-1, len(windows)))
+
     def check_inputs(
         self,
         shape: tuple[int, int, int, int],
@@ -330,24 +439,25 @@ class FlowMoPipeline(SafePipeline):
         latents: torch.Tensor | None,
         output_type: str,
         callback_tensor_inputs: Sequence[str],
+        window_size: int | None = None,
+        window_overlap: int | None = None,
+        window_batch_size: int = 1,
     ) -> None:
         """Raises the `ValueError` of [`~FlowMoPipeline.decode`] for images of this shape (b, c, h, w)."""
-        self._check_size(*shape[-2:])
+        windows = self._windows(*shape[-2:], window_size, window_overlap)
         check_generator(generator, shape[0])
         if num_inference_steps is not None and num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
         if guidance_interval is not None:
             check_guidance_interval(guidance_interval)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}; expected {shape}")
+        canvas = shape if windows is None else (*shape[:2], *windows.canvas)
+        if latents is not None and tuple(latents.shape) != canvas:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}; expected {canvas}")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} must be 'pil', 'np', 'pt' or 'latent'")
+        if window_batch_size < 1:
+            raise ValueError(f"window_batch_size={window_batch_size} must be at least 1")
         self._check_callback(callback_tensor_inputs)
-
-    def _check_size(self, height: int, width: int) -> None:
-        patch = self.autoencoder.config.patch_size
-        if height < patch or width < patch or height % patch or width % patch:
-            raise ValueError(f"height={height} and width={width} must be positive multiples of the patch size {patch}")
 
 
 def _guided(times: torch.Tensor, scale: float, interval: tuple[float, float]) -> list[bool]:

@@ -330,12 +330,15 @@ class FlowMoAutoencoder(WholeCheckpointsOnly, ModelMixin, AutoencoderMixin, Atte
         return self.quantize
 
     def _check_images(self, images: torch.Tensor, name: str) -> None:
-        channels, patch = self.config.in_channels, self.config.patch_size
-        if images.ndim != 4 or images.shape[1] != channels:
-            raise ValueError(f"{name} have shape {tuple(images.shape)}; expected (batch, {channels}, height, width)")
-        height, width = images.shape[-2:]
+        self._check_channels(images, name)
+        patch, (height, width) = self.config.patch_size, images.shape[-2:]
         if height < patch or width < patch or height % patch or width % patch:
             raise ValueError(f"{name} are {height} x {width} pixels; both must be positive multiples of {patch}")
+
+    def _check_channels(self, images: torch.Tensor, name: str) -> None:
+        channels = self.config.in_channels
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(f"{name} have shape {tuple(images.shape)}; expected (batch, {channels}, height, width)")
 
     def _check_codes(self, codes: torch.Tensor) -> None:
         expected = (self.config.num_latent_tokens, self.config.latent_channels)
