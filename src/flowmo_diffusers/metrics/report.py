@@ -17,6 +17,7 @@ PACKAGES = ("flowmo_diffusers", "torch", "diffusers", "transformers", "datasets"
 # Columns of a table by their figure: digits, and which way is better.
 FIGURES = {
     "images": (0, ""),
+    "windows": (0, ""),
     "bits_per_pixel": (4, ""),
     "bytes_per_image": (1, ""),
     "fid": (3, "↓"),
@@ -29,10 +30,12 @@ FIGURES = {
     "ssim": (4, "↑"),
     "lpips_vgg": (4, "↓"),
     "lpips_alex": (4, "↓"),
+    "seam_ratio": (2, "↓"),
     "precision": (3, "↑"),
     "recall": (3, "↑"),
     "forwards": (0, ""),
     "images_per_second": (2, ""),
+    "seconds": (1, ""),
 }
 DISTORTIONS = ("psnr", "ssim", "lpips_vgg", "lpips_alex", "rfid")
 
