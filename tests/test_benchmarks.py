@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -18,6 +20,7 @@ import benchmark  # noqa: E402
 import operations  # noqa: E402
 import scaling  # noqa: E402
 import timing  # noqa: E402
+import windows  # noqa: E402
 from published import published_config  # noqa: E402
 
 from flowmo_diffusers.models.flops import decoder_flops, encoder_flops  # noqa: E402
@@ -265,6 +268,20 @@ def test_scaling_of_a_tiny_model(presets, tmp_path, capsys):
     assert "| encode | width |" in capsys.readouterr().out
     with pytest.raises(ValueError, match="num_latent_tokens=8 times a factor of 0.3"):
         scaling.main([*presets, *ONCE, "--factors", "1", "0.3", "--axes", "tokens"])
+
+
+def test_windows_of_an_image(tmp_path, capsys):
+    """Would catch a benchmark that does not run, does not count the windows' bits, or loses a row of its picture."""
+    image = np.random.default_rng(0).integers(0, 256, (130, 150, 3), dtype=np.uint8)
+    PIL.Image.fromarray(image).save(tmp_path / "noise.png")
+    options = ["--overlaps", "0", "8", "--num_inference_steps", "1", "--output_dir", str(tmp_path / "out")]
+    windows.main(windows.parse_args([str(tmp_path / "noise.png"), *options]))
+    results = json.loads((tmp_path / "out" / "windows.json").read_text())["results"]
+    assert [result["name"] for result in results] == ["tiles", "overlap 8"]
+    assert [result["figures"]["windows"] for result in results] == [5 * 5, 6 * 6]
+    assert results[0]["figures"]["bits_per_pixel"] == pytest.approx(25 * 192 * 8 / (130 * 150))
+    assert "| overlap 8 | 36 |" in capsys.readouterr().out
+    assert PIL.Image.open(tmp_path / "out" / "windows.png").height > 3 * 3 * 128
 
 
 @pytest.mark.skipif(not REFERENCE, reason="FLOWMO_REFERENCE names no checkout of the published code")
