@@ -171,6 +171,24 @@ def test_the_published_protocol_is_darker(tmp_path, images, tiny):
     assert theirs["results"][0]["figures"]["psnr_official"] == ours["results"][0]["figures"]["psnr_official"]
 
 
+def test_windows_are_measured_with_all_their_bytes(tmp_path, images, tiny):
+    """Would catch windows of which one is counted, that encoding does not know of, or whose codes are not counted."""
+    words = ("--pretrained_model_name_or_path", tiny, "--sweep", "window_size=16,32", "num_inference_steps=1")
+    run(tmp_path, images, *words, "--metrics")
+    results = json.loads((tmp_path / "out" / "metrics.json").read_text())["results"]
+    assert [result["figures"]["bytes_per_image"] for result in results] == [3 * 3 * 6, 6]
+    pipeline = FlowMoPipeline.from_pretrained(tiny)
+    x = originals(images)
+    y = pipeline(
+        x,
+        num_inference_steps=1,
+        generator=[keyed_generator(0, "decoding", number) for number in range(len(x))],
+        output_type="latent",
+        window_size=16,
+    ).images
+    assert results[0]["figures"]["psnr"] == pytest.approx(psnr(x, y.clamp(-1, 1)).mean().item(), abs=0.01)
+
+
 def test_damaged_images_are_left_out(tmp_path, images, tiny):
     """They are named in the results, and too many of them are an error."""
     folder = tmp_path / "some"
@@ -205,6 +223,10 @@ def test_presets(tmp_path, preset):
         (("--baseline", "jpeg:50", "--sweep", "steps=1"), "'steps' cannot be swept: num_inference_steps"),
         (("--baseline", "jpeg:50", "--sweep", "rho=a"), "'a' are no values of rho"),
         (("--baseline", "jpeg:50", "--sweep", "rho=1", "rho=2"), "names a setting twice"),
+        (
+            ("--pretrained_model_name_or_path", "a", "--baseline", "jpeg", "--sweep", "window_size=16"),
+            "need --baseline_bytes where the bytes depend on windows",
+        ),
         (("--baseline", "jpeg:50", "--batch_size", "0"), "--batch_size 0 must be at least 1"),
         (("--baseline", "jpeg:50", "--metrics", "precision_recall"), "needs rfid"),
         (("--baseline", "jpeg:50", "--metrics", "fid"), "invalid choice: 'fid'"),

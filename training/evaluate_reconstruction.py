@@ -65,7 +65,13 @@ def interval(text: str) -> tuple[float, float]:
 
 
 # What can be swept, and how a value is read.
-SAMPLER = {"num_inference_steps": int, "guidance_scale": float, "guidance_interval": interval}
+SAMPLER = {
+    "num_inference_steps": int,
+    "guidance_scale": float,
+    "guidance_interval": interval,
+    "window_size": int,
+    "window_overlap": int,
+}
 SCHEDULER = {"rho": float, "solver": str}
 
 
@@ -127,6 +133,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
          "nothing to evaluate: give --pretrained_model_name_or_path or --baseline"),
         (budgeted and not args.pretrained_model_name_or_path and not args.baseline_bytes,
          f"--baseline {budgeted} need --baseline_bytes, or pipelines whose bytes they take"),
+        (budgeted and not args.baseline_bytes and any(name == "window_size" for name, _ in args.sweep),
+         f"--baseline {budgeted} need --baseline_bytes where the bytes depend on windows"),
         (args.seed < 0, f"--seed {args.seed} must not be negative"),
         (len({name for name, _ in args.sweep}) < len(args.sweep), "--sweep names a setting twice"),
         ("precision_recall" in args.metrics and "rfid" not in args.metrics, "--metrics precision_recall needs rfid"),

@@ -12,13 +12,16 @@ from flowmo_diffusers.engine.seeding import keyed_generator
 from flowmo_diffusers.pipelines.pipeline_flowmo import FlowMoPipeline
 
 
+WINDOWS = ("window_size", "window_overlap")  # what encoding needs to know as well
+
+
 @dataclass
 class Reconstruction:
     """
     Args:
         images: (b, 3, h, w) float32 in [-1, 1].
         num_bytes: (b,) float64, what is stored of each image; may be a fraction.
-        indices: (b, tokens, groups) int64 where the codes are discrete.
+        indices: (b, tokens, groups) int64 where the codes are discrete, of all windows one after another.
     """
 
     images: torch.Tensor
@@ -58,8 +61,8 @@ class FlowMoReconstructor(Reconstructor):
         pipeline: On its device, in its dtype.
         name: Of its row.
         seed: Of the noise that decoding starts from.
-        sampling: Arguments of the pipeline's call, such as {"num_inference_steps": 8}; what is left out has the
-            pipeline's default.
+        sampling: Arguments of the pipeline's call, such as {"num_inference_steps": 8} or {"window_size": 256}; what is
+            left out has the pipeline's default.
     """
 
     def __init__(self, pipeline: FlowMoPipeline, name: str, seed: int = 0, sampling: dict[str, Any] | None = None):
@@ -73,16 +76,19 @@ class FlowMoReconstructor(Reconstructor):
             "dtype": str(pipeline.autoencoder.dtype),
             "scheduler": config_entries(pipeline.scheduler),
             "seed": seed,
-            "sampling": self.sampling,
+            "sampling": dict(self.sampling),
         }
+        self.windows = {name: self.sampling.pop(name) for name in WINDOWS if name in self.sampling}
         super().__init__(name, settings)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, numbers: Sequence[int]) -> Reconstruction:
         pipeline, autoencoder = self.pipeline, self.pipeline.autoencoder
-        tokens = pipeline.encode(images, generator=[keyed_generator(self.seed, "encoding", n) for n in numbers])
+        generators = [keyed_generator(self.seed, "encoding", n) for n in numbers]
+        tokens = pipeline.encode(images, generator=generators, **self.windows)
         if autoencoder.quantize.is_discrete:
-            stored = autoencoder.pack_codes(autoencoder.indices_to_codes(tokens))
+            rows = tokens if self.windows else tokens[:, None]  # one image's windows
+            stored = [b"".join(autoencoder.pack_codes(autoencoder.indices_to_codes(row))) for row in rows]
             num_bytes = torch.tensor([len(packed) for packed in stored], dtype=torch.float64)
         else:
             tokens = tokens.half().to(tokens.dtype)
@@ -94,6 +100,7 @@ class FlowMoReconstructor(Reconstructor):
             generator=[keyed_generator(self.seed, "decoding", n) for n in numbers],
             output_type="latent",
             **self.sampling,
+            **self.windows,
         )
-        indices = tokens.cpu() if autoencoder.quantize.is_discrete else None
+        indices = tokens.flatten(1, -2).cpu() if autoencoder.quantize.is_discrete else None
         return Reconstruction(reconstructions.float().cpu().clamp(-1, 1), num_bytes, indices)
