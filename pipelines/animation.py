@@ -60,8 +60,8 @@ class Trajectory:
 
     def estimates(self) -> list[torch.Tensor]:
         """
-        For each x_t the image that the model saw in it, x_0 = x_t - t v, (b, c, h, w) float32. v is the velocity of the
-        step that follows, guided where that was: the difference of two x_t over that of their times.
+        For each x_t the image that the model saw in it, x_0 = x_t - t v, (b, c, h, w) float32. v is the velocity of
+        the step that follows, guided where that was: the difference of two x_t over that of their times.
         """
         states = list(zip(self.times, self.samples, strict=True))
         steps = zip(states[:-1], states[1:], strict=True)
