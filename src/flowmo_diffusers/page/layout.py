@@ -7,10 +7,13 @@ from tempfile import TemporaryDirectory
 
 import gradio as gr
 import PIL.Image
+from gradio.events import Dependency
 from gradio.processing_utils import save_bytes_to_cache
 
+from flowmo_diffusers.data.decoding import decode_image
 from flowmo_diffusers.data.images import EMBEDDED_DATASET, load_images
 from flowmo_diffusers.page.bits import bit_picture
+from flowmo_diffusers.page.uploads import uploaded
 from flowmo_diffusers.page.workbench import Figures, Sampling, Workbench
 from flowmo_diffusers.pipelines.pipeline_flowmo import FlowMoPipeline
 from flowmo_diffusers.pipelines.pipeline_generation import DEFAULT_STEPS, FlowMoGenerationPipeline
@@ -55,10 +58,10 @@ def build_page(
         gr.Markdown(_heading(workbench))
         with gr.Row(elem_classes=shown):
             with gr.Column(scale=1, min_width=280):
-                image, side, sampling = _controls(workbench, samples)
+                image, changes, side, sampling = _controls(workbench, samples)
             with gr.Column(scale=3):
                 with gr.Tab("Reconstruct"):
-                    _reconstruct_tab(workbench, image, side, sampling, model)
+                    _reconstruct_tab(workbench, image, changes, side, sampling, model)
                 with gr.Tab("Edit tokens"):
                     with gr.Tab("Flip bits"):
                         _flip_tab(workbench, image, side, sampling, model)
@@ -87,10 +90,11 @@ def figures_table(figures: Figures, compared: str = "PSNR") -> str:
 
 def _controls(
     workbench: Workbench, samples: Sequence[PIL.Image.Image]
-) -> tuple[gr.Image, gr.Slider, list[gr.components.Component]]:
-    """Image, side, and what [`Sampling`] takes."""
+) -> tuple[gr.Image, list[Dependency], gr.Slider, list[gr.components.Component]]:
+    """Image, what happens when there is another one, its side, and what [`Sampling`] takes."""
     recipe, config = workbench.recipe, workbench.autoencoder.config
     image = _upload("Image", samples[:1])
+    changes = [_check(image)]
     if samples:
         choice = gr.Gallery(
             list(samples),
@@ -107,7 +111,7 @@ def _controls(
         def choose(event: gr.SelectData) -> PIL.Image.Image:
             return samples[event.index]
 
-        choice.select(choose, None, image, queue=False, api_visibility="private", show_progress="hidden")
+        changes.append(choice.select(choose, None, image, queue=False, api_visibility="private"))
     patch, size = config.patch_size, config.sample_size
     side = _slider("Side in pixels", max(patch, size // 2 // patch * patch), 2 * size, size, patch, precision=0)
     sampling = [
@@ -116,10 +120,12 @@ def _controls(
         _slider("ρ of the schedule", 0.5, max(8, recipe.rho), recipe.rho, 0.1),
         _seed(),
     ]
-    return image, side, sampling
+    return image, changes, side, sampling
 
 
-def _reconstruct_tab(workbench: Workbench, image: gr.Image, side: gr.Slider, sampling: list, model: dict) -> None:
+def _reconstruct_tab(
+    workbench: Workbench, image: gr.Image, changes: list[Dependency], side: gr.Slider, sampling: list, model: dict
+) -> None:
     with gr.Row():
         original, tokens, result = _result("Original"), _result("Tokens"), _result("Reconstruction")
     figures = gr.Markdown(elem_id="figures")
@@ -137,27 +143,23 @@ def _reconstruct_tab(workbench: Workbench, image: gr.Image, side: gr.Slider, sam
 
     @_refusing
     def reconstruct(file, side, *settings, progress=gr.Progress()):  # noqa: B008, which is how Gradio asks for it
-        done = workbench.reconstruct(_given(file), side, Sampling(*settings), _bar(progress))
+        done = workbench.reconstruct(uploaded(file), side, Sampling(*settings), _bar(progress))
         return done.original, bit_picture(done.bits), done.image, figures_table(done.figures)
 
     @_refusing
     def animate(file, side, *settings, progress=gr.Progress()):  # noqa: B008
-        trajectory = workbench.trajectory(_given(file), side, Sampling(*settings), _bar(progress))
+        trajectory = workbench.trajectory(uploaded(file), side, Sampling(*settings), _bar(progress))
         with TemporaryDirectory() as folder:
             path = Path(folder) / "steps.webp"
             trajectory.save(path, scale=-(-ANIMATION_SIDE // side))
             kept = save_bytes_to_cache(path.read_bytes(), path.name, steps.GRADIO_CACHE)
         return gr.update(value=kept, visible=True)
 
-    gr.on(
-        [run.click, image.change, *_changes([side, *sampling])],
-        reconstruct,
-        [image, side, *sampling],
-        [original, tokens, result, figures],
-        api_name="reconstruct",
-        trigger_mode="always_last",
-        **model,
-    )
+    inputs, outputs = [image, side, *sampling], [original, tokens, result, figures]
+    triggers = [run.click, *_released([side, *sampling])]
+    gr.on(triggers, reconstruct, inputs, outputs, api_name="reconstruct", trigger_mode="always_last", **model)
+    for change in changes:
+        change.success(reconstruct, inputs, outputs, api_visibility="private", trigger_mode="always_last", **model)
     show_steps.click(animate, [image, side, *sampling], steps, api_name="animate", **model)
 
 
@@ -170,17 +172,18 @@ def _flip_tab(workbench: Workbench, image: gr.Image, side: gr.Slider, sampling: 
         seed = _seed("Which bits: seed")
     run = gr.Button("Flip", variant="primary")
     with gr.Row():
-        before, tokens, after = _result("Reconstruction"), _result("Tokens, flipped ones orange"), _result("Flipped")
+        before, tokens, after = _result("Reconstruction"), _result("Flipped tokens"), _result("Flipped")
+    gr.Markdown("Orange: the bits that were flipped.")
     figures = gr.Markdown()
 
     @_refusing
     def flip(file, side, count, first, last, seed, *settings, progress=gr.Progress()):  # noqa: B008
-        edit = workbench.flip(_given(file), side, Sampling(*settings), count, first, last, seed, _bar(progress))
+        edit = workbench.flip(uploaded(file), side, Sampling(*settings), count, first, last, seed, _bar(progress))
         picture = bit_picture(edit.bits, edit.marked)
         return edit.images[0], picture, edit.image, figures_table(edit.figures, "PSNR of both pictures")
 
     gr.on(
-        [run.click, *_changes([count, first, last, seed])],
+        [run.click, *_released([count, first, last, seed])],
         flip,
         [image, side, count, first, last, seed, *sampling],
         [before, tokens, after, figures],
@@ -200,6 +203,7 @@ def _mix_tab(
 ) -> None:
     with gr.Row():
         other = _upload("Second image", samples[1:2])
+        _check(other)
         with gr.Column(scale=2):
             count = _slider(
                 "Tokens of the second image", 0, workbench.num_tokens, workbench.num_tokens // 2, precision=0
@@ -209,18 +213,19 @@ def _mix_tab(
             run = gr.Button("Mix", variant="primary")
     with gr.Row():
         first, second = _result("First image"), _result("Second image")
-        tokens, mixed = _result("Tokens, the second's orange"), _result("Mixed")
+        tokens, mixed = _result("Mixed tokens"), _result("Mixed")
+    gr.Markdown("Orange: the tokens of the second image.")
     figures = gr.Markdown()
 
     @_refusing
     def mix(file, other, side, count, which, seed, *settings, progress=gr.Progress()):  # noqa: B008
         drawn = seed if which == RANDOM else None
-        edit = workbench.mix(_given(file), _given(other), side, Sampling(*settings), count, drawn, _bar(progress))
+        edit = workbench.mix(uploaded(file), uploaded(other), side, Sampling(*settings), count, drawn, _bar(progress))
         picture = bit_picture(edit.bits, edit.marked)
         return *edit.images, picture, edit.image, figures_table(edit.figures, "PSNR of first and mixed")
 
     gr.on(
-        [run.click, *_changes([count, seed]), which.input],
+        [run.click, *_released([count, seed]), which.input],
         mix,
         [image, other, side, count, which, seed, *sampling],
         [first, second, tokens, mixed, figures],
@@ -237,7 +242,7 @@ def _generate_tab(workbench: Workbench, sampling: list, model: dict) -> None:
         label = gr.Dropdown(classes, value=classes[1 % len(classes)][1], label="Class", elem_id="class")
         count = _slider("Images", 1, MAX_GENERATED, 6, precision=0)
         steps = _slider("Steps of the generator", 1, 128, DEFAULT_STEPS if masked else 1, visible=masked, precision=0)
-        guidance = _slider("Guidance scale of the generator", 1, 10, 2, 0.1)
+        guidance = _slider("Its guidance scale", 1, 10, 2, 0.1)
     run = gr.Button("Generate", variant="primary", elem_id="generate")
     with gr.Row():
         images = gr.Gallery(
@@ -281,12 +286,6 @@ def _refusing(function: Callable) -> Callable:
     return answered
 
 
-def _given(file: str | None) -> str:
-    if file is None:
-        raise ValueError("there is no image: upload one, or choose a sample")
-    return file
-
-
 def _bar(progress: gr.Progress) -> Callable[[int, int], None]:
     return lambda done, total: progress((done, total))
 
@@ -301,11 +300,10 @@ def _heading(workbench: Workbench) -> str:
 
 
 def _upload(label: str, samples: Sequence[PIL.Image.Image]) -> gr.Image:
-    # As the file that was uploaded, which the library's own reader decodes, with its limits.
     return gr.Image(
         samples[0] if samples else None,
         label=label,
-        type="filepath",
+        type="filepath",  # which the library's own reader decodes, with its limits
         image_mode=None,
         format="png",
         sources=["upload", "clipboard"],
@@ -313,6 +311,16 @@ def _upload(label: str, samples: Sequence[PIL.Image.Image]) -> gr.Image:
         height=220,
         elem_id=label.lower().replace(" ", "-"),
     )
+
+
+def _check(image: gr.Image) -> Dependency:
+    """Says what is wrong with an upload; Gradio would say "Error"."""
+
+    @_refusing
+    def check(payload):
+        decode_image(uploaded(payload and payload["path"]))
+
+    return image.upload(check, image, preprocess=False, queue=False, api_visibility="private")
 
 
 def _result(label: str) -> gr.Image:
@@ -335,7 +343,7 @@ def _seed(label: str = "Seed") -> gr.Number:
     return gr.Number(0, label=label, precision=0, minimum=0, maximum=MAX_SEED)
 
 
-def _changes(controls: Sequence[gr.components.Component]) -> list:
+def _released(controls: Sequence[gr.components.Component]) -> list:
     """When a control has its new value: sliders not while they are drawn, numbers not while they are typed."""
     return [control.release if isinstance(control, gr.Slider) else control.submit for control in controls]
 

@@ -1,10 +1,9 @@
-"""The demo page as a small web server that talks to nobody else. Needs Gradio."""
+"""The demo page as a small web server. Needs Gradio."""
 
 import gradio as gr
-from starlette.datastructures import Headers
 from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+
+from flowmo_diffusers.page.uploads import LimitedBody
 
 
 # The little that a request has beside the file that it uploads.
@@ -12,48 +11,29 @@ OVERHEAD = 64 * 2**10
 
 CSS = """
 .pixels img { image-rendering: pixelated; }
-.picture .image-container { padding-top: 32px; }
+.picture .image-container, #samples .grid-wrap, #generated .grid-wrap, #steps .image-container { padding-top: 32px; }
+.picture .image-container > button, .picture .image-frame { width: 100%; }
 .picture .image-frame { aspect-ratio: 1; }
 .picture .image-frame img { width: 100%; height: 100%; object-fit: contain; }
 #samples .grid-wrap, #generated .grid-wrap { height: auto; min-height: 0; max-height: none; }
+#samples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); padding-top: 0; }
+#samples .thumbnail-item { height: auto; aspect-ratio: 1; }
+#generated .grid-container { padding-top: 0; }
 #steps img { max-height: 480px; }
 .prose table { width: 100%; }
-.prose th, .prose td { border: 0 !important; padding: 4px 8px; }
+.prose table, .prose tr, .prose th, .prose td { border: 0 !important; padding: 4px 8px; }
 .prose th { font-weight: normal; color: var(--body-text-color-subdued); }
 """
 
 
 def theme() -> gr.themes.Base:
-    """Calm, and with the fonts that the reader's machine has: Gradio's own themes fetch theirs from Google."""
+    """Calm, and with the fonts of the reader's machine, so that none is fetched."""
     return gr.themes.Base(
         primary_hue="slate",
         neutral_hue="slate",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )
-
-
-class LimitedBody:
-    """
-    Refuses requests that are too long, before they are read. Gradio limits uploaded files only, but takes images inside
-    of JSON as well.
-
-    Args:
-        app: That gets the others.
-        max_bytes: Of a request's body, whose length must be told.
-    """
-
-    def __init__(self, app: ASGIApp, max_bytes: int):
-        self.app = app
-        self.max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope) if scope["type"] == "http" else {}
-        if "transfer-encoding" in headers or int(headers.get("content-length", 0)) > self.max_bytes:
-            refusal = PlainTextResponse(f"this page takes at most {self.max_bytes} bytes at a time", status_code=413)
-            await refusal(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
 
 
 def serve(

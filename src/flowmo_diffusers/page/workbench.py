@@ -149,7 +149,7 @@ class Workbench:
         """Of the generator, by id."""
         config = self.generator.config
         names = config.id2label or {}
-        return [str(names.get(str(i), names.get(i, f"class {i}"))) for i in range(config.num_classes)]
+        return [names.get(label, f"class {label}") for label in range(config.num_classes)]
 
     def reconstruct(
         self, file: str | Path, side: int, sampling: Sampling, progress: Progress | None = None
