@@ -320,7 +320,7 @@ def _check(image: gr.Image) -> Dependency:
     def check(payload):
         decode_image(uploaded(payload and payload["path"]))
 
-    return image.upload(check, image, preprocess=False, queue=False, api_visibility="private")
+    return image.upload(check, image, preprocess=False, concurrency_limit=None, api_visibility="private")
 
 
 def _result(label: str) -> gr.Image:
