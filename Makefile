@@ -11,11 +11,14 @@ export HF_HUB_OFFLINE ?= 1
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt tests/gradio.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[training,evaluation,test,quality]"
 	# References for our metrics. Without their dependencies: they ask for torchvision, which nothing here needs.
 	$(BIN)/python -m pip install --quiet --no-deps lpips==0.1.4 torch-fidelity==0.4.0
+	# Gradio asks for pillow below 13 and runs with it; so it too comes without its dependencies.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement tests/gradio.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps gradio
 	touch $@
 
 demo: install

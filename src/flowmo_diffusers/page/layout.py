@@ -169,7 +169,7 @@ def _flip_tab(workbench: Workbench, image: gr.Image, side: gr.Slider, sampling: 
         count = _slider("Bits to flip", 0, total, total // 32, precision=0)
         first = _slider("First token", 0, last_token, 0, precision=0)
         last = _slider("Last token", 0, last_token, last_token, precision=0)
-        seed = _seed("Which bits: seed")
+        seed = _seed("Seed of the flips")
     run = gr.Button("Flip", variant="primary")
     with gr.Row():
         before, tokens, after = _result("Reconstruction"), _result("Flipped tokens"), _result("Flipped")
@@ -209,7 +209,7 @@ def _mix_tab(
                 "Tokens of the second image", 0, workbench.num_tokens, workbench.num_tokens // 2, precision=0
             )
             which = gr.Radio([LAST, RANDOM], value=LAST, label="Which of its tokens")
-            seed = _seed("Random ones: seed")
+            seed = _seed("Seed of random ones")
             run = gr.Button("Mix", variant="primary")
     with gr.Row():
         first, second = _result("First image"), _result("Second image")

@@ -16,7 +16,7 @@ CSS = """
 .picture .image-frame { aspect-ratio: 1; }
 .picture .image-frame img { width: 100%; height: 100%; object-fit: contain; }
 #samples .grid-wrap, #generated .grid-wrap { height: auto; min-height: 0; max-height: none; }
-#samples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); padding-top: 0; }
+#samples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); grid-auto-rows: auto; padding-top: 0; }
 #samples .thumbnail-item { height: auto; aspect-ratio: 1; }
 #generated .grid-container { padding-top: 0; }
 #steps img { max-height: 480px; }
