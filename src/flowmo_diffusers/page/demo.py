@@ -2,6 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from flowmo_diffusers import FlowMoGenerationPipeline, FlowMoPipeline
 
 
 STARTER = "starter"
@@ -49,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_pipelines(model: str, generator: str | None = None, device: str | None = None, dtype: str = "float32"):
+def load_pipelines(
+    model: str, generator: str | None = None, device: str | None = None, dtype: str = "float32"
+) -> "tuple[FlowMoPipeline, FlowMoGenerationPipeline | None]":
     """
     A [`FlowMoPipeline`] and, on the same tokenizer, a [`FlowMoGenerationPipeline`] or `None`.
 
@@ -60,7 +67,7 @@ def load_pipelines(model: str, generator: str | None = None, device: str | None 
         dtype: Of the weights; one of DTYPES.
 
     Raises:
-        ValueError: As `from_pretrained`, or if the generator is of other tokens.
+        ValueError: As `from_pretrained`, or if the generator is of other tokens, or there is no such device.
         OSError: If there is no such pipeline.
     """
     import torch
@@ -70,15 +77,17 @@ def load_pipelines(model: str, generator: str | None = None, device: str | None 
 
     if generator is None and model == STARTER:
         generator = asset_path("starter_generator")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    place = asset_path("starter") if model == STARTER else model
-    pipeline = FlowMoPipeline.from_pretrained(place, dtype=getattr(torch, dtype)).to(device)
+    dtype, device = getattr(torch, dtype), device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device={device!r} is not to be had: {error}") from error
+    tokenizer = asset_path("starter") if model == STARTER else model
+    pipeline = FlowMoPipeline.from_pretrained(tokenizer, dtype=dtype).to(device)
     if generator is None:
         return pipeline, None
-    components = pipeline.components
-    return pipeline, FlowMoGenerationPipeline.from_pretrained(generator, dtype=getattr(torch, dtype), **components).to(
-        device
-    )
+    generation = FlowMoGenerationPipeline.from_pretrained(generator, dtype=dtype, **pipeline.components)
+    return pipeline, generation.to(device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,6 @@
 """What the demo page looks like, and what its buttons do. Needs Gradio."""
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,18 +9,27 @@ import PIL.Image
 from gradio.events import Dependency
 from gradio.processing_utils import save_bytes_to_cache
 
-from flowmo_diffusers.data.decoding import decode_image
 from flowmo_diffusers.data.images import EMBEDDED_DATASET, load_images
 from flowmo_diffusers.page.bits import bit_picture
 from flowmo_diffusers.page.uploads import uploaded
-from flowmo_diffusers.page.workbench import Figures, Sampling, Workbench
+from flowmo_diffusers.page.widgets import (
+    check_upload,
+    figures_table,
+    image_input,
+    picture,
+    progress_bar,
+    refusing,
+    seed_input,
+    slider,
+    when_set,
+)
+from flowmo_diffusers.page.workbench import Sampling, Workbench
 from flowmo_diffusers.pipelines.pipeline_flowmo import FlowMoPipeline
 from flowmo_diffusers.pipelines.pipeline_generation import DEFAULT_STEPS, FlowMoGenerationPipeline
 
 
 NUM_SAMPLES = 12
 MAX_GENERATED = 9
-MAX_SEED = 2**31 - 1
 # Uploads and results are removed when they are an hour old; looked for every ten minutes.
 DELETE_CACHE = (600, 3600)
 ANIMATION_SIDE = 256  # in pixels, at least
@@ -73,28 +81,13 @@ def build_page(
     return page
 
 
-def figures_table(figures: Figures, compared: str = "PSNR") -> str:
-    """Figures as a table in Markdown, with `compared` over the PSNR."""
-    columns = {
-        "bits": f"{figures.bits}",
-        "bytes": f"{figures.num_bytes}",
-        "bits a pixel": f"{figures.bits_per_pixel:.3g}",
-        "bits changed": None if figures.changed is None else f"{figures.changed}",
-        compared: None if figures.psnr is None else f"{figures.psnr:.2f} dB",
-        "forwards of the decoder": f"{figures.forwards}",
-        "time": f"{figures.seconds:.2f} s",
-    }
-    shown = {name: value for name, value in columns.items() if value is not None}
-    return "\n".join("| " + " | ".join(row) + " |" for row in (shown, ["---"] * len(shown), shown.values()))
-
-
 def _controls(
     workbench: Workbench, samples: Sequence[PIL.Image.Image]
 ) -> tuple[gr.Image, list[Dependency], gr.Slider, list[gr.components.Component]]:
     """Image, what happens when there is another one, its side, and what [`Sampling`] takes."""
     recipe, config = workbench.recipe, workbench.autoencoder.config
-    image = _upload("Image", samples[:1])
-    changes = [_check(image)]
+    image = image_input("Image", samples[:1])
+    changes = [check_upload(image)]
     if samples:
         choice = gr.Gallery(
             list(samples),
@@ -113,12 +106,12 @@ def _controls(
 
         changes.append(choice.select(choose, None, image, queue=False, api_visibility="private"))
     patch, size = config.patch_size, config.sample_size
-    side = _slider("Side in pixels", max(patch, size // 2 // patch * patch), 2 * size, size, patch, precision=0)
+    side = slider("Side in pixels", max(patch, size // 2 // patch * patch), 2 * size, size, patch, precision=0)
     sampling = [
-        _slider("Steps", 1, max(50, recipe.num_inference_steps), recipe.num_inference_steps, precision=0),
-        _slider("Guidance scale", 0, max(5, recipe.guidance_scale), recipe.guidance_scale, 0.1),
-        _slider("ρ of the schedule", 0.5, max(8, recipe.rho), recipe.rho, 0.1),
-        _seed(),
+        slider("Steps", 1, max(50, recipe.num_inference_steps), recipe.num_inference_steps, precision=0),
+        slider("Guidance scale", 0, max(5, recipe.guidance_scale), recipe.guidance_scale, 0.1),
+        slider("ρ of the schedule", min(0.5, recipe.rho), max(8, recipe.rho), recipe.rho, 0.1),
+        seed_input(),
     ]
     return image, changes, side, sampling
 
@@ -127,7 +120,7 @@ def _reconstruct_tab(
     workbench: Workbench, image: gr.Image, changes: list[Dependency], side: gr.Slider, sampling: list, model: dict
 ) -> None:
     with gr.Row():
-        original, tokens, result = _result("Original"), _result("Tokens"), _result("Reconstruction")
+        original, tokens, result = picture("Original"), picture("Tokens"), picture("Reconstruction")
     figures = gr.Markdown(elem_id="figures")
     with gr.Row():
         run = gr.Button("Reconstruct", variant="primary")
@@ -141,14 +134,14 @@ def _reconstruct_tab(
         elem_id="steps",
     )
 
-    @_refusing
+    @refusing
     def reconstruct(file, side, *settings, progress=gr.Progress()):  # noqa: B008, which is how Gradio asks for it
-        done = workbench.reconstruct(uploaded(file), side, Sampling(*settings), _bar(progress))
+        done = workbench.reconstruct(uploaded(file), side, Sampling(*settings), progress_bar(progress))
         return done.original, bit_picture(done.bits), done.image, figures_table(done.figures)
 
-    @_refusing
+    @refusing
     def animate(file, side, *settings, progress=gr.Progress()):  # noqa: B008
-        trajectory = workbench.trajectory(uploaded(file), side, Sampling(*settings), _bar(progress))
+        trajectory = workbench.trajectory(uploaded(file), side, Sampling(*settings), progress_bar(progress))
         with TemporaryDirectory() as folder:
             path = Path(folder) / "steps.webp"
             trajectory.save(path, scale=-(-ANIMATION_SIDE // side))
@@ -156,7 +149,7 @@ def _reconstruct_tab(
         return gr.update(value=kept, visible=True)
 
     inputs, outputs = [image, side, *sampling], [original, tokens, result, figures]
-    triggers = [run.click, *_released([side, *sampling])]
+    triggers = [run.click, *when_set([side, *sampling])]
     gr.on(triggers, reconstruct, inputs, outputs, api_name="reconstruct", trigger_mode="always_last", **model)
     for change in changes:
         change.success(reconstruct, inputs, outputs, api_visibility="private", trigger_mode="always_last", **model)
@@ -166,24 +159,26 @@ def _reconstruct_tab(
 def _flip_tab(workbench: Workbench, image: gr.Image, side: gr.Slider, sampling: list, model: dict) -> None:
     total, last_token = workbench.num_tokens * workbench.bits_per_token, workbench.num_tokens - 1
     with gr.Row():
-        count = _slider("Bits to flip", 0, total, total // 32, precision=0)
-        first = _slider("First token", 0, last_token, 0, precision=0)
-        last = _slider("Last token", 0, last_token, last_token, precision=0)
-        seed = _seed("Seed of the flips")
+        count = slider("Bits to flip", 0, total, total // 32, precision=0)
+        first = slider("First token", 0, last_token, 0, precision=0)
+        last = slider("Last token", 0, last_token, last_token, precision=0)
+        seed = seed_input("Seed of the flips")
     run = gr.Button("Flip", variant="primary")
     with gr.Row():
-        before, tokens, after = _result("Reconstruction"), _result("Flipped tokens"), _result("Flipped")
+        before, tokens, after = picture("Reconstruction"), picture("Flipped tokens"), picture("Flipped")
     gr.Markdown("Orange: the bits that were flipped.")
     figures = gr.Markdown()
 
-    @_refusing
+    @refusing
     def flip(file, side, count, first, last, seed, *settings, progress=gr.Progress()):  # noqa: B008
-        edit = workbench.flip(uploaded(file), side, Sampling(*settings), count, first, last, seed, _bar(progress))
-        picture = bit_picture(edit.bits, edit.marked)
-        return edit.images[0], picture, edit.image, figures_table(edit.figures, "PSNR of both pictures")
+        edit = workbench.flip(
+            uploaded(file), side, Sampling(*settings), count, first, last, seed, progress_bar(progress)
+        )
+        tokens_shown = bit_picture(edit.bits, edit.marked)
+        return edit.images[0], tokens_shown, edit.image, figures_table(edit.figures, "PSNR of both pictures")
 
     gr.on(
-        [run.click, *_released([count, first, last, seed])],
+        [run.click, *when_set([count, first, last, seed])],
         flip,
         [image, side, count, first, last, seed, *sampling],
         [before, tokens, after, figures],
@@ -202,30 +197,32 @@ def _mix_tab(
     model: dict,
 ) -> None:
     with gr.Row():
-        other = _upload("Second image", samples[1:2])
-        _check(other)
+        other = image_input("Second image", samples[1:2])
+        check_upload(other)
         with gr.Column(scale=2):
-            count = _slider(
+            count = slider(
                 "Tokens of the second image", 0, workbench.num_tokens, workbench.num_tokens // 2, precision=0
             )
             which = gr.Radio([LAST, RANDOM], value=LAST, label="Which of its tokens")
-            seed = _seed("Seed of random ones")
+            seed = seed_input("Seed of random ones")
             run = gr.Button("Mix", variant="primary")
     with gr.Row():
-        first, second = _result("First image"), _result("Second image")
-        tokens, mixed = _result("Mixed tokens"), _result("Mixed")
+        first, second = picture("First image"), picture("Second image")
+        tokens, mixed = picture("Mixed tokens"), picture("Mixed")
     gr.Markdown("Orange: the tokens of the second image.")
     figures = gr.Markdown()
 
-    @_refusing
+    @refusing
     def mix(file, other, side, count, which, seed, *settings, progress=gr.Progress()):  # noqa: B008
         drawn = seed if which == RANDOM else None
-        edit = workbench.mix(uploaded(file), uploaded(other), side, Sampling(*settings), count, drawn, _bar(progress))
-        picture = bit_picture(edit.bits, edit.marked)
-        return *edit.images, picture, edit.image, figures_table(edit.figures, "PSNR of first and mixed")
+        edit = workbench.mix(
+            uploaded(file), uploaded(other), side, Sampling(*settings), count, drawn, progress_bar(progress)
+        )
+        tokens_shown = bit_picture(edit.bits, edit.marked)
+        return *edit.images, tokens_shown, edit.image, figures_table(edit.figures, "PSNR of first and mixed")
 
     gr.on(
-        [run.click, *_released([count, seed]), which.input],
+        [run.click, *when_set([count, seed]), which.input],
         mix,
         [image, other, side, count, which, seed, *sampling],
         [first, second, tokens, mixed, figures],
@@ -240,9 +237,9 @@ def _generate_tab(workbench: Workbench, sampling: list, model: dict) -> None:
     classes = [("any", -1), *((name, number) for number, name in enumerate(workbench.class_names))]
     with gr.Row():
         label = gr.Dropdown(classes, value=classes[1 % len(classes)][1], label="Class", elem_id="class")
-        count = _slider("Images", 1, MAX_GENERATED, 6, precision=0)
-        steps = _slider("Steps of the generator", 1, 128, DEFAULT_STEPS if masked else 1, visible=masked, precision=0)
-        guidance = _slider("Its guidance scale", 1, 10, 2, 0.1)
+        count = slider("Images", 1, MAX_GENERATED, 6, precision=0)
+        steps = slider("Steps of the generator", 1, 128, DEFAULT_STEPS if masked else 1, visible=masked, precision=0)
+        guidance = slider("Its guidance scale", 1, 10, 2, 0.1)
     run = gr.Button("Generate", variant="primary", elem_id="generate")
     with gr.Row():
         images = gr.Gallery(
@@ -255,13 +252,15 @@ def _generate_tab(workbench: Workbench, sampling: list, model: dict) -> None:
             elem_id="generated",
             scale=2,
         )
-        tokens = _result("Tokens of the first one")
+        tokens = picture("Tokens of the first one")
     figures = gr.Markdown()
 
-    @_refusing
+    @refusing
     def generate(label, count, steps, guidance, *settings, progress=gr.Progress()):  # noqa: B008
         label = None if label == -1 else label
-        images, bits, figures = workbench.generate(label, count, steps, guidance, Sampling(*settings), _bar(progress))
+        images, bits, figures = workbench.generate(
+            label, count, steps, guidance, Sampling(*settings), progress_bar(progress)
+        )
         return images, bit_picture(bits[0]), figures_table(figures)
 
     run.click(
@@ -273,23 +272,6 @@ def _generate_tab(workbench: Workbench, sampling: list, model: dict) -> None:
     )
 
 
-def _refusing(function: Callable) -> Callable:
-    """What the pipelines refuse is shown to the user as it is."""
-
-    @wraps(function)
-    def answered(*args, **kwargs):
-        try:
-            return function(*args, **kwargs)
-        except (OSError, ValueError) as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
-    return answered
-
-
-def _bar(progress: gr.Progress) -> Callable[[int, int], None]:
-    return lambda done, total: progress((done, total))
-
-
 def _heading(workbench: Workbench) -> str:
     side, tokens, bits = workbench.autoencoder.config.sample_size, workbench.num_tokens, workbench.bits_per_token
     return (
@@ -297,55 +279,6 @@ def _heading(workbench: Workbench) -> str:
         f"An image becomes {tokens} tokens of {bits} bits, and these an image again. This tokenizer was made for "
         f"{side} × {side} pixels; images are cropped to the square in their middle and resized."
     )
-
-
-def _upload(label: str, samples: Sequence[PIL.Image.Image]) -> gr.Image:
-    return gr.Image(
-        samples[0] if samples else None,
-        label=label,
-        type="filepath",  # which the library's own reader decodes, with its limits
-        image_mode=None,
-        format="png",
-        sources=["upload", "clipboard"],
-        buttons=[],
-        height=220,
-        elem_id=label.lower().replace(" ", "-"),
-    )
-
-
-def _check(image: gr.Image) -> Dependency:
-    """Says what is wrong with an upload; Gradio would say "Error"."""
-
-    @_refusing
-    def check(payload):
-        decode_image(uploaded(payload and payload["path"]))
-
-    return image.upload(check, image, preprocess=False, concurrency_limit=None, api_visibility="private")
-
-
-def _result(label: str) -> gr.Image:
-    return gr.Image(
-        label=label,
-        type="pil",
-        format="png",
-        buttons=["download", "fullscreen"],
-        interactive=False,
-        elem_classes="picture",
-        min_width=140,
-    )
-
-
-def _slider(label: str, minimum: float, maximum: float, value: float, step: float = 1, **kwargs) -> gr.Slider:
-    return gr.Slider(minimum, maximum, value, step=step, label=label, buttons=[], **kwargs)
-
-
-def _seed(label: str = "Seed") -> gr.Number:
-    return gr.Number(0, label=label, precision=0, minimum=0, maximum=MAX_SEED)
-
-
-def _released(controls: Sequence[gr.components.Component]) -> list:
-    """When a control has its new value: sliders not while they are drawn, numbers not while they are typed."""
-    return [control.release if isinstance(control, gr.Slider) else control.submit for control in controls]
 
 
 def _held_out() -> list[PIL.Image.Image]:
