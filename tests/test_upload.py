@@ -2,28 +2,18 @@
 
 import hashlib
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import hf_xet
 import PIL.Image
 import pytest
-from hub_stand_in import READ_TOKEN, WRITE_TOKEN, HubStandIn
+from hub_stand_in import READ_TOKEN, UPLOAD, WRITE_TOKEN, Client, HubStandIn
 
 from flowmo_diffusers.hub.cards import TrainingRun, write_model_card
 from flowmo_diffusers.hub.upload import push_folder
 
-
-# Without the waits between attempts, ours and the client's.
-UPLOAD = """
-import runpy, time
-time.sleep = lambda seconds: None
-runpy.run_module("flowmo_diffusers.hub.upload", run_name="__main__", alter_sys=True)
-"""
 
 CHECK = """
 import json, sys, time
@@ -95,28 +85,6 @@ PUBLISHED = {
     "scheduler/scheduler_config.json",
     "validation/last 1.png",
 }
-
-
-class Client:
-    """Runs code in a process that takes the stand-in for the Hub."""
-
-    def __init__(self, hub: HubStandIn, home: Path):
-        self.home = home
-        self.environment = os.environ | {
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HOME": str(home / "hf_home"),
-            "HF_TOKEN": WRITE_TOKEN,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_XET": "0" if hub.xet else "1",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
-        }
-
-    def __call__(self, code: str, *arguments: str | Path, **environment: str | None) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        env = {name: value for name, value in (self.environment | environment).items() if value is not None}
-        return subprocess.run(command, env=env, cwd=self.home, capture_output=True, text=True)
 
 
 @pytest.fixture(params=["lfs", "xet"])

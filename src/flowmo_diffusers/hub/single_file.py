@@ -149,8 +149,8 @@ class Joined:
         """Raises `ValueError` if two modules use one name for different things."""
         homes: dict[str, str] = {}
         places = [(imported.bound, _line(imported)) for imported in sorted(self.imports, key=_line)]
-        for name, numbers in self.kept.items():
-            bound = {one for number in numbers for one in self.modules[name].statements[number].binds}
+        for name, module in self.modules.items():
+            bound = {one for number in self.kept.get(name, ()) for one in module.statements[number].binds}
             places += [(one, name) for one in sorted(bound)]
         for name, place in places:
             known = homes.setdefault(name, place)
