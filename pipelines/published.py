@@ -1,11 +1,11 @@
 """Checkpoints of the published FlowMo code: fetched from the Hub, read, and kept as folders of this library."""
 
 import os
-import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def load_published(path: str | os.PathLike, weights: str = "ema", **given: Any) 
     try:
         # Memory-mapped, so that only the chosen weights are read; the older format of torch.save cannot be.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+    except (UnpicklingError, EOFError, RuntimeError, ValueError) as error:
         raise OSError(f"checkpoint {path} cannot be read as tensors saved by torch: {error}") from error
     key = WEIGHTS[weights]
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict):
