@@ -145,7 +145,8 @@ def test_failed_upload_is_finished_by_the_next(lfs, folder):
 
 @pytest.mark.slow
 def test_published_model_loads_from_the_hub(hub, client, folder, tmp_path):
-    """A published folder that a stranger cannot load, or other weights; by LFS, and by Xet as installed by default.
+    """A published folder that a stranger cannot load, once offline too, or other weights; by LFS, and by Xet as
+    installed by default.
     With Xet: blobs sent again after a commit that failed."""
     weights = (folder / "autoencoder/diffusion_pytorch_model.safetensors", folder / "validation/last 1.png")
     if hub.xet:
@@ -169,6 +170,10 @@ def test_published_model_loads_from_the_hub(hub, client, folder, tmp_path):
     download = "xet-read-token" if hub.xet else f"GET /anna/birds/resolve/{repo.sha}/autoencoder/diffusion"
     assert any(download in request for request in hub.requests)
     assert PIL.Image.open(tmp_path / "decoded.png").size == (16, 16)
+    requests = len(hub.requests)
+    loaded = client(LOAD, folder, "anna/birds", HF_TOKEN=None, HF_HUB_OFFLINE="1")
+    assert loaded.returncode == 0, loaded.stderr
+    assert len(hub.requests) == requests
 
 
 @pytest.mark.slow
