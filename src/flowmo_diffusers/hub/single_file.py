@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 from flowmo_diffusers import __version__
@@ -13,7 +14,8 @@ from flowmo_diffusers import __version__
 
 PACKAGE = "flowmo_diffusers"
 
-# Methods that stay behind: they read files of another format, whose code would have to travel too.
+# Methods that stay behind (no class begins with one): they read files of another format, whose code would have to
+# travel too.
 LEFT_OUT = {"from_published"}
 
 WIDTH = 119
@@ -81,8 +83,14 @@ class Module:
         return found
 
     def _statement(self, node: ast.stmt, start: int) -> Statement:
-        left_out = [part for part in getattr(node, "body", []) if getattr(part, "name", None) in LEFT_OUT]
-        gone = {number for part in left_out for number in range(_first_line(part) - 1, part.end_lineno + 1)}
+        body = getattr(node, "body", [])
+        left_out = [part for part in body if getattr(part, "name", None) in LEFT_OUT]
+        gone = {
+            number
+            for before, part in pairwise(body)
+            for number in range(before.end_lineno + 1, part.end_lineno + 1)
+            if part in left_out
+        }
         lines = [
             line for number, line in enumerate(self._lines[start : node.end_lineno], start + 1) if number not in gone
         ]
@@ -197,10 +205,6 @@ def _imports(node: ast.stmt) -> Iterator[Import]:
 
 def _is_docstring(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-
-
-def _first_line(node: ast.stmt) -> int:
-    return min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
 
 
 def _bound(node: ast.stmt) -> frozenset[str]:
