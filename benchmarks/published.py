@@ -28,7 +28,7 @@ from operations import Operation, Workload, moments_of, take_gradients, trained_
 from torch import nn
 
 from flowmo_diffusers import FlowMoAutoencoder
-from flowmo_diffusers.hub.published import published_name, published_shapes
+from flowmo_diffusers.models.published import published_name, published_shapes
 
 
 STAND_INS = (

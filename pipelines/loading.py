@@ -15,6 +15,8 @@ def load_pipeline(pretrained_model_name_or_path: str | os.PathLike, **kwargs) ->
         OSError: If there is no pipeline.
         ValueError: As the pipeline's own `from_pretrained`.
     """
+    # Diffusers looks for the class of a pipeline among its own names alone, whatever libraries it has been told of for
+    # components; the only way in would be to set ours as attributes of the module `diffusers`.
     name = DiffusionPipeline.load_config(pretrained_model_name_or_path)["_class_name"]
     ours = isinstance(name, str) and name in flowmo_diffusers.__all__
     pipeline_class = getattr(flowmo_diffusers, name) if ours else DiffusionPipeline

@@ -1,7 +1,10 @@
 """FlowMoPipeline: images to tokens and tokens to images."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -14,6 +17,7 @@ from flowmo_diffusers.engine.seeding import Generators
 from flowmo_diffusers.models.autoencoder_flowmo import FlowMoAutoencoder
 from flowmo_diffusers.models.windows import Windows
 from flowmo_diffusers.pipelines.images import array_to_tensor, image_items, image_size
+from flowmo_diffusers.pipelines.published import converted_folder, published_file
 from flowmo_diffusers.pipelines.saving import Callback, SafePipeline, check_generator
 from flowmo_diffusers.schedulers.scheduling_flowmo import FlowMoScheduler, check_guidance_interval
 
@@ -60,6 +64,48 @@ class FlowMoPipeline(SafePipeline):
         super().__init__()
         self.register_modules(autoencoder=autoencoder, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)  # sizes are checked here, not rounded there
+
+    @classmethod
+    def from_published(
+        cls,
+        name_or_path: str | os.PathLike,
+        weights: str = "ema",
+        config: Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        **kwargs,
+    ) -> "FlowMoPipeline":
+        """
+        A checkpoint of the published code (github.com/kylesargent/FlowMo). It is converted once, into a folder in
+        huggingface_hub's cache of assets, and loaded from there.
+
+        Args:
+            name_or_path: "lo" or "hi", the authors' FlowMo-Lo and FlowMo-Hi, downloaded from `ksarge/FlowMo` on the
+                Hub where they are not in its cache; or a `.pth` of the published training.
+            weights: "ema" (those to use) or "raw".
+            config: Fields of [`FlowMoAutoencoder`] that the shapes of the tensors cannot tell (`rope_axes`,
+                `codebook_bits`, `sample_size`, `num_latent_tokens`, `quantizer`), where they are not the published
+                ones.
+            revision: Of the repository on the Hub, and so the next three.
+            token: For the Hub.
+            cache_dir: Of the Hub's files.
+            local_files_only: Whether to leave the Hub alone and take what is in its cache.
+            kwargs: For `from_pretrained` (`dtype`, ...).
+
+        Raises:
+            OSError: If there is no such name or file, it cannot be downloaded or read, or the disk is full.
+            ValueError: If its tensors are not those of a FlowMo model.
+        """
+        file = published_file(
+            name_or_path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+
+        def save(model: FlowMoAutoencoder, folder: Path) -> None:
+            cls(model, FlowMoScheduler()).save_pretrained(folder)
+
+        return cls.from_pretrained(converted_folder(file, weights, dict(config or {}), save), **kwargs)
 
     @torch.no_grad()
     def encode(

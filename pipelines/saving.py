@@ -9,10 +9,7 @@ from diffusers.utils import logging
 
 from flowmo_diffusers.engine.seeding import Generators
 from flowmo_diffusers.models.loading import OwnCheckpointsOnly
-from flowmo_diffusers.pipelines.registration import register_library
 
-
-register_library()
 
 logger = logging.get_logger(__name__)
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 from flowmo_diffusers import FlowMoAutoencoder
-from flowmo_diffusers.hub.published import published_shapes
 from flowmo_diffusers.models.mmdit import FlowMoAttnProcessor, FlowMoBlock, HeadNorm, StreamNorm, patchify, unpatchify
+from flowmo_diffusers.models.published import published_shapes
 from flowmo_diffusers.models.rotary import _cached_table, rotary_table, rotate
 from flowmo_diffusers.objectives.flow import FlowDraws
 from flowmo_diffusers.objectives.pretrain import pretraining_loss

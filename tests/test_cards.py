@@ -280,6 +280,19 @@ def test_generator_card(tmp_path, generation_pipeline, generator_run):
     assert "reconstruct" not in card.text
 
 
+@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
+def test_metadata_is_whole(tmp_path, tiny_pipeline, run, generation_pipeline, generator_run, kind):
+    """A field of the front matter that one kind of card has and the other has not."""
+    pipeline, run = (tiny_pipeline, run) if kind == "tokenizer" else (generation_pipeline, generator_run)
+    run = replace(run, dataset="anna/photos")
+    data = ModelCard.load(write_model_card(tmp_path, pipeline, run, license="mit")).data
+    for name in ("library_name", "pipeline_tag", "datasets", "license", "base_model", "tags"):
+        assert getattr(data, name), name
+    assert data.datasets == "anna/photos" and data.library_name == "diffusers"
+    assert {result.dataset_type for result in data.eval_results} == {"anna/photos"}
+    assert all(result.metric_type and result.metric_value > 0 for result in data.eval_results)
+
+
 def test_generator_that_was_started_from_another(tmp_path, generation_pipeline, generator_run):
     """A card that links the tokenizer or the first generator alone, where both are on the Hub."""
     run = replace(generator_run, base_model="anna/birds-generator")

@@ -8,7 +8,7 @@ import torch
 
 from flowmo_diffusers import FlowMoAutoencoder, FlowMoPipeline
 from flowmo_diffusers.hub import convert
-from flowmo_diffusers.hub.published import from_published, infer_config, published_name, published_shapes
+from flowmo_diffusers.models.published import from_published, infer_config, published_name, published_shapes
 
 
 PARITY = Path(__file__).parent / "parity"

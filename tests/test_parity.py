@@ -12,7 +12,7 @@ from flowmo_diffusers import FlowMoPipeline, FlowMoScheduler
 from flowmo_diffusers.engine.ema import EMA
 from flowmo_diffusers.engine.norms import NormRescaler
 from flowmo_diffusers.hub.convert import load_published
-from flowmo_diffusers.hub.published import published_name, published_shapes
+from flowmo_diffusers.models.published import published_name, published_shapes
 from flowmo_diffusers.objectives.flow import FlowDraws, thick_tailed
 from flowmo_diffusers.objectives.posttrain import ChainDraws, chain_times, posttraining_loss, sample_chain
 from flowmo_diffusers.objectives.pretrain import LossWeights, pretraining_loss

@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from flowmo_diffusers import FlowMoAutoencoder
-from flowmo_diffusers.hub.published import published_shapes
 from flowmo_diffusers.models import quantizers, rotary
 from flowmo_diffusers.models.checkpointing import KEPT
+from flowmo_diffusers.models.published import published_shapes
 from flowmo_diffusers.objectives.cost import posttraining_flops, pretraining_flops
 from flowmo_diffusers.objectives.flow import FlowDraws
 from flowmo_diffusers.objectives.posttrain import ChainDraws, posttraining_loss

@@ -12,7 +12,7 @@ README = Path(__file__).parents[1] / "README.md"
 def test_python_blocks_run(tmp_path, monkeypatch):
     """A snippet that a newcomer copies and that does not run."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    offline = [block for block in blocks if "flowmo-lo" not in block]  # the published checkpoints are not here
+    offline = [block for block in blocks if "from_published" not in block]  # the published checkpoints are not here
     assert len(offline) == 3 and len(blocks) == 4
     PIL.Image.effect_noise((90, 70), 60).convert("RGB").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)

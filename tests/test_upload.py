@@ -2,28 +2,18 @@
 
 import hashlib
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import hf_xet
 import PIL.Image
 import pytest
-from hub_stand_in import READ_TOKEN, WRITE_TOKEN, HubStandIn
+from hub_stand_in import READ_TOKEN, UPLOAD, WRITE_TOKEN, Client, HubStandIn
 
 from flowmo_diffusers.hub.cards import TrainingRun, write_model_card
 from flowmo_diffusers.hub.upload import push_folder
 
-
-# Without the waits between attempts, ours and the client's.
-UPLOAD = """
-import runpy, time
-time.sleep = lambda seconds: None
-runpy.run_module("flowmo_diffusers.hub.upload", run_name="__main__", alter_sys=True)
-"""
 
 CHECK = """
 import json, sys, time
@@ -97,28 +87,6 @@ PUBLISHED = {
 }
 
 
-class Client:
-    """Runs code in a process that takes the stand-in for the Hub."""
-
-    def __init__(self, hub: HubStandIn, home: Path):
-        self.home = home
-        self.environment = os.environ | {
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HOME": str(home / "hf_home"),
-            "HF_TOKEN": WRITE_TOKEN,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_XET": "0" if hub.xet else "1",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
-        }
-
-    def __call__(self, code: str, *arguments: str | Path, **environment: str | None) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        env = {name: value for name, value in (self.environment | environment).items() if value is not None}
-        return subprocess.run(command, env=env, cwd=self.home, capture_output=True, text=True)
-
-
 @pytest.fixture(params=["lfs", "xet"])
 def hub(request, tmp_path):
     with HubStandIn(xet=tmp_path / "cas" if request.param == "xet" else None) as hub:
@@ -177,7 +145,8 @@ def test_failed_upload_is_finished_by_the_next(lfs, folder):
 
 @pytest.mark.slow
 def test_published_model_loads_from_the_hub(hub, client, folder, tmp_path):
-    """A published folder that a stranger cannot load, or other weights; by LFS, and by Xet as installed by default.
+    """A published folder that a stranger cannot load, once offline too, or other weights; by LFS, and by Xet as
+    installed by default.
     With Xet: blobs sent again after a commit that failed."""
     weights = (folder / "autoencoder/diffusion_pytorch_model.safetensors", folder / "validation/last 1.png")
     if hub.xet:
@@ -201,6 +170,10 @@ def test_published_model_loads_from_the_hub(hub, client, folder, tmp_path):
     download = "xet-read-token" if hub.xet else f"GET /anna/birds/resolve/{repo.sha}/autoencoder/diffusion"
     assert any(download in request for request in hub.requests)
     assert PIL.Image.open(tmp_path / "decoded.png").size == (16, 16)
+    requests = len(hub.requests)
+    loaded = client(LOAD, folder, "anna/birds", HF_TOKEN=None, HF_HUB_OFFLINE="1")
+    assert loaded.returncode == 0, loaded.stderr
+    assert len(hub.requests) == requests
 
 
 @pytest.mark.slow

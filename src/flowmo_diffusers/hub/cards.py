@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+import re
 import shlex
 from collections.abc import Sequence
 from datetime import timedelta
@@ -24,7 +25,10 @@ from flowmo_diffusers.pipelines.pipeline_flowmo import FlowMoPipeline
 from flowmo_diffusers.pipelines.pipeline_generation import FlowMoGenerationPipeline
 
 
-__all__ = ["TrainingRun", "write_model_card"]
+__all__ = ["TrainingRun", "with_remote_code", "write_model_card"]
+
+WITH_PACKAGE = "With the package `flowmo_diffusers` installed:"
+WITH_DIFFUSERS = "With diffusers; this model carries its code, which `trust_remote_code=True` allows to run:"
 
 STAGES = {
     "pretrain": "stage 1A, mode-matching pre-training of encoder and decoder",
@@ -101,6 +105,20 @@ def write_model_card(
     return folder / "README.md"
 
 
+def with_remote_code(card: str, source: str) -> str:
+    """
+    The text of a card whose snippet loads the pipeline from `source`, a Hub id or folder that carries its code, by
+    diffusers alone. A card that was not written by [`write_model_card`] may have no such snippet, and stays as it is.
+    """
+    card = card.replace(WITH_PACKAGE, WITH_DIFFUSERS)
+    card = re.sub(
+        r"(?m)^from flowmo_diffusers import FlowMo\w*Pipeline$", "from diffusers import DiffusionPipeline", card
+    )
+    call = f"DiffusionPipeline.from_pretrained({source!r}, trust_remote_code=True)"
+    string = r"""(['"])(?:\\.|(?!\1).)*\1"""
+    return re.sub(rf"FlowMo\w*Pipeline\.from_pretrained\({string}\)", lambda match: call, card)
+
+
 def _body(name: str, subject: Subject, run: TrainingRun, links: list[str], license: str | None) -> str:
     pictures = "\n\n".join(f"![{subject.picture}]({link})" for link in links)
     options = {key: plain(value) for key, value in run.options.items() if key != SECRET}
@@ -116,7 +134,7 @@ result of {STAGES.get(run.stage, run.stage)}, on {code(run.dataset)}.
 
 ## Use
 
-With the package `flowmo_diffusers` installed:
+{WITH_PACKAGE}
 
 ```python
 {subject.snippet}

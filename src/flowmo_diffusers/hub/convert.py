@@ -6,49 +6,17 @@ Converts a checkpoint of the published FlowMo code into a folder for `FlowMoPipe
 """
 
 import argparse
-import pickle
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from flowmo_diffusers.engine.files import atomic_file, atomic_folder
-from flowmo_diffusers.hub.published import from_published, to_published
 from flowmo_diffusers.models.autoencoder_flowmo import FlowMoAutoencoder
+from flowmo_diffusers.models.published import to_published
 from flowmo_diffusers.pipelines.pipeline_flowmo import FlowMoPipeline
+from flowmo_diffusers.pipelines.published import WEIGHTS, load_published
 from flowmo_diffusers.schedulers.scheduling_flowmo import FlowMoScheduler
-
-
-WEIGHTS = {"ema": "model_ema_state_dict", "raw": "model_state_dict"}
-
-
-def load_published(path: str | Path, weights: str = "ema", **given) -> FlowMoAutoencoder:
-    """
-    A published `.pth` as a [`FlowMoAutoencoder`].
-
-    Args:
-        path: A checkpoint of the published training; opened without running any code in it (`weights_only=True`).
-        weights: "ema" (those to use) or "raw".
-        given: Fields that shapes cannot tell; see [`~flowmo_diffusers.hub.published.infer_config`].
-
-    Raises:
-        OSError: If the file is missing or not such a checkpoint.
-        ValueError: If its tensors are not a FlowMo model's, with their names.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise OSError(f"checkpoint {path} does not exist")
-    try:
-        # Memory-mapped, so that only the chosen weights are read; the older format of torch.save cannot be.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        raise OSError(f"checkpoint {path} cannot be read as tensors saved by torch: {error}") from error
-    key = WEIGHTS[weights]
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict):
-        found = sorted(checkpoint) if isinstance(checkpoint, dict) else type(checkpoint).__name__
-        raise OSError(f"checkpoint {path} holds no {key!r} (--weights {weights}); it holds {found}")
-    return from_published(checkpoint[key], **given)
 
 
 def save_published(model: FlowMoAutoencoder, path: str | Path) -> None:

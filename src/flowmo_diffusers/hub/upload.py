@@ -123,8 +123,9 @@ def push_folder(
 
 def published_patterns(folder: str | Path) -> list[str]:
     """
-    What of a folder is published, as patterns: what `from_pretrained` loads, the card, the pictures that the card
-    shows, `metrics.json` and a licence. Not checkpoints, and not logs, which hold names of machines and files.
+    What of a folder is published, as patterns: what `from_pretrained` loads (code, where the pipeline carries it), the
+    card, the pictures that the card shows, `metrics.json` and a licence. Not checkpoints, and not logs, which hold
+    names of machines and files.
 
     Raises:
         OSError: If `folder` is no saved pipeline.
@@ -134,10 +135,12 @@ def published_patterns(folder: str | Path) -> list[str]:
         raise OSError(f"folder {folder} is no saved pipeline: it has no model_index.json")
     index = json.loads((folder / "model_index.json").read_text())
     components = [f"{glob.escape(name)}/*" for name in index if not name.startswith("_")]
+    kind = index.get("_class_name")
+    code = [f"{glob.escape(kind[0])}.py"] if isinstance(kind, list) else []
     card = folder / "README.md"
     links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", card.read_text()) if card.is_file() else []
     pictures = [glob.escape(unquote(link)) for link in links]
-    return ["model_index.json", *components, "README.md", *pictures, "metrics.json", "LICENSE*"]
+    return ["model_index.json", *code, *components, "README.md", *pictures, "metrics.json", "LICENSE*"]
 
 
 def _open_repo(api: HfApi, repo_id: str, private: bool | None) -> RepoUrl:
