@@ -164,7 +164,7 @@ class TokenFile:
     def read(cls, path: str | Path) -> "TokenFile":
         """
         Raises:
-            ValueError: As [`~TokenFile.from_bytes`], with the path; a large foreign file is refused by its first bytes.
+            ValueError: As [`~TokenFile.from_bytes`], with the path; foreign files are refused by their first bytes.
             OSError: If there is no such file.
         """
         if not stat.S_ISREG(os.stat(path).st_mode):
