@@ -35,9 +35,8 @@ from flowmo_diffusers.data.tokens import (
 from flowmo_diffusers.engine.chunks import Chunks
 from flowmo_diffusers.engine.files import atomic_file
 from flowmo_diffusers.engine.launch import build_accelerator
-from flowmo_diffusers.engine.options import parse_with_config
+from flowmo_diffusers.engine.options import parse_with_config, resolution
 from flowmo_diffusers.hub.card_parts import public
-from flowmo_diffusers.metrics.options import resolution
 from flowmo_diffusers.metrics.report import environment
 
 

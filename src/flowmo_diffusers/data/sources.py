@@ -5,7 +5,7 @@ import hashlib
 import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -212,7 +212,7 @@ class FolderImages(FileImages):
     """
 
     def __init__(self, folders: Sequence[str | Path]):
-        paths = sorted(path for folder in folders for path in _image_files(folder))
+        paths = sorted(path for folder in folders for path in files_below(folder, IMAGE_EXTENSIONS))
         if not paths:
             places = ", ".join(map(str, folders))
             raise FileNotFoundError(f"no images in {places} (nested .tar files need a pattern, as 'folder/*/*.tar')")
@@ -231,11 +231,12 @@ def file_state(path: str | Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _image_files(folder: str | Path) -> Iterator[str]:
+def files_below(folder: str | Path, extensions: Container[str]) -> Iterator[str]:
+    """Paths of files with one of these extensions (lower case, with the dot) in a folder and its own; none hidden."""
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = (name for name in folders if name[0] != ".")
         for name in files:
-            if name[0] != "." and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS:
+            if name[0] != "." and os.path.splitext(name)[1].lower() in extensions:
                 yield os.path.join(parent, name)
 
 

@@ -1,4 +1,4 @@
-"""Command lines with defaults from a YAML file."""
+"""Command lines: defaults from a YAML file, and kinds of values."""
 
 import argparse
 from collections.abc import Sequence
@@ -48,6 +48,14 @@ def parse_with_config(
         except (OSError, ValueError, yaml.YAMLError) as error:
             parser.error(f"--config {given.config}: {error}")
     return parser.parse_args(argv)
+
+
+def resolution(text: str) -> tuple[int, int]:
+    """ "256" or "256x512" as (height, width)."""
+    sides = text.split("x") if "x" in text else [text, text]
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a side in pixels, or HEIGHTxWIDTH")
+    return int(sides[0]), int(sides[1])
 
 
 def _mapping(value: Any, name: str) -> dict:

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from flowmo_diffusers.engine.files import atomic_file, atomic_folder
+from flowmo_diffusers.hub.convert_options import add_arguments
 from flowmo_diffusers.models.autoencoder_flowmo import FlowMoAutoencoder
 from flowmo_diffusers.models.published import to_published
 from flowmo_diffusers.pipelines.pipeline_flowmo import FlowMoPipeline
-from flowmo_diffusers.pipelines.published import WEIGHTS, load_published
+from flowmo_diffusers.pipelines.published import load_published
 from flowmo_diffusers.schedulers.scheduling_flowmo import FlowMoScheduler
 
 
@@ -26,36 +27,41 @@ def save_published(model: FlowMoAutoencoder, path: str | Path) -> None:
         torch.save({"total_steps": 0, "model_state_dict": state_dict, "model_ema_state_dict": state_dict}, temporary)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def convert(args: argparse.Namespace) -> None:
+    """
+    In the direction that the source tells; see [`~flowmo_diffusers.hub.convert_options.add_arguments`].
+
+    Raises:
+        OSError: As [`load_published`] and `from_pretrained`.
+        ValueError: As these.
+    """
+    if args.source.is_dir():
+        save_published(FlowMoPipeline.from_pretrained(args.source).autoencoder, args.output)
+    else:
+        told = ("rope_axes", "codebook_bits", "sample_size", "num_latent_tokens", "quantizer")
+        model = load_published(args.source, args.weights, **{name: getattr(args, name) for name in told})
+        with atomic_folder(args.output) as folder:
+            FlowMoPipeline(model, FlowMoScheduler()).save_pretrained(folder)
+    print(f"written to {args.output}")
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m flowmo_diffusers.hub.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", type=Path, help="a published .pth, or a folder of this library to convert back")
-    parser.add_argument("output", type=Path, help="the folder, or the .pth, to write")
-    parser.add_argument("--weights", choices=list(WEIGHTS), default="ema")
-    told = parser.add_argument_group("what the shapes of a checkpoint cannot tell (default: the published values)")
-    told.add_argument("--rope_axes", type=int, nargs=3, metavar=("TOKEN", "ROW", "COLUMN"))
-    told.add_argument("--codebook_bits", type=int)
-    told.add_argument("--sample_size", type=int)
-    told.add_argument("--num_latent_tokens", type=int)
-    told.add_argument("--quantizer", choices=["lfq", "kl", "none"])
+    add_arguments(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        if args.source.is_dir():
-            save_published(FlowMoPipeline.from_pretrained(args.source).autoencoder, args.output)
-        else:
-            given = {
-                name: getattr(args, name)
-                for name in ("rope_axes", "codebook_bits", "sample_size", "num_latent_tokens", "quantizer")
-            }
-            model = load_published(args.source, args.weights, **given)
-            with atomic_folder(args.output) as folder:
-                FlowMoPipeline(model, FlowMoScheduler()).save_pretrained(folder)
+        convert(args)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(f"written to {args.output}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from huggingface_hub.constants import HF_HOME
 from flowmo_diffusers.data.images import load_dataset_images
 from flowmo_diffusers.data.sources import ImageSource
 from flowmo_diffusers.data.transforms import CROPS, INTERPOLATIONS
+from flowmo_diffusers.engine.options import resolution
 from flowmo_diffusers.metrics.features import INCEPTION_INPUTS, FeatureNetwork, load_feature_network
 from flowmo_diffusers.metrics.protocol import PROTOCOLS, Protocol
 from flowmo_diffusers.metrics.reconstruction import ROUNDINGS
@@ -87,11 +88,3 @@ def build_network(args: argparse.Namespace, protocol: Protocol) -> FeatureNetwor
     if args.network != "inception":
         return load_feature_network(args.network, args.inception_weights)
     return load_feature_network(args.network, args.inception_weights, protocol.inception_input)
-
-
-def resolution(text: str) -> tuple[int, int]:
-    """ "256" or "256x512" as (height, width)."""
-    sides = text.split("x") if "x" in text else [text, text]
-    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a side in pixels, or HEIGHTxWIDTH")
-    return int(sides[0]), int(sides[1])

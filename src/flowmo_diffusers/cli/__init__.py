@@ -1,0 +1,1 @@
+"""The command `flowmo`: what the pipelines do, for files and folders."""
