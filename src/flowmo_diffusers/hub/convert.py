@@ -58,7 +58,7 @@ def save_published(model: FlowMoAutoencoder, path: str | Path) -> None:
         torch.save({"total_steps": 0, "model_state_dict": state_dict, "model_ema_state_dict": state_dict}, temporary)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m flowmo_diffusers.hub.convert",
         description=__doc__,
@@ -73,6 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     told.add_argument("--sample_size", type=int)
     told.add_argument("--num_latent_tokens", type=int)
     told.add_argument("--quantizer", choices=["lfq", "kl", "none"])
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
     args = parser.parse_args(argv)
     try:
         if args.source.is_dir():
