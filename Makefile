@@ -29,7 +29,7 @@ test: install
 # Strict: a broken link, a page that is in no menu or a name that does not exist is an error. Needs Python >= 3.11.
 docs: install
 	rm -rf docs/api/generated
-	$(BIN)/python -m sphinx --quiet --fail-on-warning docs $(SITE_DIR)
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --doctree-dir build/doctrees docs $(SITE_DIR)
 
 quality: install
 	$(BIN)/ruff check .

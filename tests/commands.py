@@ -58,7 +58,7 @@ class Script:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The words of each command of a shell script, without comments and redirections."""
+    """The words of each command of a shell script, without comments."""
     text = re.sub(r"(^|\s)#[^\n]*", r"\1", text).replace("\\\n", " ")
     lexer = shlex.shlex(text, posix=True, punctuation_chars="\n;&|")
     lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""

@@ -10,6 +10,7 @@ import shutil
 import tarfile
 from collections import defaultdict
 from functools import cache
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,24 @@ def test_what_the_readme_says_of_its_code(page, monkeypatch):
     assert len(readme.namespace["images"]) == 2 and readme.namespace["tokens"].shape == (1, 64, 3)
 
 
+def test_what_the_quickstart_says_of_its_code(page, monkeypatch):
+    """As of the README."""
+    quickstart = page("docs/quickstart.md")
+    monkeypatch.chdir(quickstart.folder)
+    for block in quickstart.blocks:
+        quickstart.run(block)
+    assert quickstart.namespace["output"].indices.shape == (1, 64, 3)
+    assert len(quickstart.namespace["packed"]) == 192
+    assert PIL.Image.open("reconstruction.png").size == PIL.Image.open("flag.png").size == (32, 32)
+
+
+@pytest.mark.parametrize("name", SUBSTITUTIONS)
+def test_substitutions_are_of_something(name):
+    """A text that stands in a page no longer, so that what it was to make small is run as it is, or not at all."""
+    text = "".join(block.text for block in BLOCKS if block.page == name)
+    assert not [old for old in SUBSTITUTIONS[name] if old not in text]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -268,6 +287,15 @@ def test_wrong_commands_are_found(text, message):
             script = check(words)
             if script is not None:
                 script.parse()
+
+
+def test_commands_that_are_installed(monkeypatch):
+    """A console script of this package that is taken for an unknown program, or whose options nobody checks."""
+    installed = EntryPoint("upload", "flowmo_diffusers.hub.upload:main", "console_scripts")
+    monkeypatch.setattr("commands.entry_points", lambda group, name: [installed] if name == "upload" else [])
+    assert check(["upload", "my_flowmo", "anna/my-flowmo"]).parse().repo_id == "anna/my-flowmo"
+    with pytest.raises(WrongCommand, match="the following arguments are required: repo_id"):
+        check(["upload", "my_flowmo"]).parse()
 
 
 def test_words_of_commands():

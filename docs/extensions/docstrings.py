@@ -58,11 +58,12 @@ def convert(line: str, module: str, place: str) -> str:
     def link(match: re.Match) -> str:
         short, name = match.groups()
         shown = name.split(".")[-1] if short else name
-        target = whole_name(name, module)
-        if target is None or name.split(".")[-1].startswith("_") and not name.endswith("__"):
-            if target is None and name.split(".")[0] not in ELSEWHERE:
-                logger.warning("%s: [`%s`] is no one class or function of this library", place, name)
+        first, last = name.split(".")[0], name.split(".")[-1]
+        if first in ELSEWHERE or last.startswith("_") and not last.endswith("__"):  # or private, and on no page
             return f"`{shown}`"
+        target = whole_name(name, module)
+        if target is None:
+            logger.warning("%s: [`%s`] is no one class or function of this library", place, name)
         return f":py:obj:`{shown} <{target}>`"
 
     parts = CODE.split(line)  # text and code in turn
