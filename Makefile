@@ -1,13 +1,15 @@
 # make demo    the starter tokenizer on images it never saw, then both training stages for a few minutes
 # make test    the whole test suite
+# make docs    the documentation as a site, in site/
 # make quality formatting and lint
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_DIR ?= demo
+SITE_DIR ?= site
 BIN = $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test quality install clean
+.PHONY: demo test docs quality install clean
 
 install: $(VENV)/.installed
 
@@ -24,9 +26,14 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
+# Strict: a broken link, a page that is in no menu or a name that does not exist is an error. Needs Python >= 3.11.
+docs: install
+	rm -rf docs/api/generated
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --doctree-dir build/doctrees docs $(SITE_DIR)
+
 quality: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(DEMO_DIR) build *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(DEMO_DIR) $(SITE_DIR) docs/api/generated build *.egg-info src/*.egg-info

@@ -57,13 +57,16 @@ def probabilities(model: ResNetForImageClassification, images: torch.Tensor) -> 
     return torch.cat([model(prepare(part)).logits.softmax(-1) for part in images.split(250)])
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="with the columns image and label, splits train and test")
     parser.add_argument("--samples", type=Path, nargs="+", required=True, help=".npz files of evaluate_generation.py")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = train(*load_split(args.dataset, "train"), args.epochs)
     test, labels = load_split(args.dataset, "test")
@@ -80,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())

@@ -57,14 +57,18 @@ class Stopwatch:
         return run
 
 
-def main() -> None:
+def parse_args() -> tuple[argparse.Namespace, argparse.Namespace]:
+    """Those of this script, and those of the training script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3, help="measured, after one that is not")
     parser.add_argument("--json", type=Path)
     own, others = parser.parse_known_args()
-    script = load_script()
-    args = script.parse_args([*others, "--output_dir", "unused", "--dataset_name", "emoji", "--report_to", "none"])
+    unused = ["--output_dir", "unused", "--dataset_name", "emoji", "--report_to", "none"]
+    return own, load_script().parse_args([*others, *unused])
 
+
+def main(own: argparse.Namespace, args: argparse.Namespace) -> None:
+    script = load_script()
     model_config = script.read_model_config(args)
     accelerator = start(args)
     side = args.resolution or model_config["sample_size"]
@@ -113,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*parse_args())

@@ -184,7 +184,7 @@ def _is_refusal(error: BaseException) -> bool:
     return isinstance(error, ValueError)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description=__doc__,
@@ -195,6 +195,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--private", action="store_true", default=None, help="if the repository is created")
     parser.add_argument("--token", help="default: HF_TOKEN, or the one that `hf auth login` stored")
     parser.add_argument("--commit_message", default="Upload FlowMo pipeline")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
