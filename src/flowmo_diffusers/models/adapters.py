@@ -1,10 +1,12 @@
 """LoRA adapters on this library's models."""
 
+import functools
 import os
 from collections.abc import Mapping
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
 
 
 class AdapterMixin(PeftAdapterMixin):
@@ -38,7 +40,8 @@ class AdapterMixin(PeftAdapterMixin):
         kwargs["use_safetensors"] = True
         super().load_lora_adapter(pretrained_model_name_or_path_or_dict, prefix=prefix, hotswap=hotswap, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+    @functools.wraps(ModelMixin.save_pretrained)  # of whose signature pipelines read what it takes
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """
         As `ModelMixin.save_pretrained`.
 
@@ -50,4 +53,4 @@ class AdapterMixin(PeftAdapterMixin):
                 f"the adapters {attached} are attached: save them by `save_lora_adapter`, and the weights after "
                 "`unload_lora()`, or, with the adapters in them, after `fuse_lora()` and `unload_lora()`"
             )
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
