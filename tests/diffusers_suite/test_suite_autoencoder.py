@@ -2,7 +2,7 @@
 
 import torch
 from diffusers_checkout import autoencoders, models, torch_device
-from suite_models import CompileTests, LoraTests, MemoryTests, SavingTests
+from suite_models import AttentionTests, CompileTests, LoraTests, MemoryTests, SavingTests
 
 from flowmo_diffusers import FlowMoAutoencoder
 
@@ -47,7 +47,7 @@ class TestAutoencoderSlicing(AutoencoderConfig, autoencoders.AutoencoderTesterMi
     pass
 
 
-class TestAutoencoderAttention(AutoencoderConfig, models.AttentionTesterMixin):
+class TestAutoencoderAttention(AutoencoderConfig, AttentionTests):
     pass
 
 

@@ -2,7 +2,7 @@
 
 import torch
 from diffusers_checkout import models, torch_device
-from suite_models import CompileTests, LoraTests, MemoryTests, SavingTests
+from suite_models import AttentionTests, CompileTests, LoraTests, MemoryTests, SavingTests
 
 from flowmo_diffusers import FlowMoTokenGenerator
 
@@ -34,7 +34,7 @@ class TestGenerator(GeneratorConfig, SavingTests):
     pass
 
 
-class TestGeneratorAttention(GeneratorConfig, models.AttentionTesterMixin):
+class TestGeneratorAttention(GeneratorConfig, AttentionTests):
     pass
 
 
