@@ -1,5 +1,6 @@
 """FlowMoAutoencoder under diffusers' tests of models and of autoencoders."""
 
+import pytest
 import torch
 from diffusers_checkout import autoencoders, models, torch_device
 from suite_models import AttentionTests, CompileTests, LoraTests, MemoryTests, SavingTests
@@ -60,6 +61,7 @@ class TestAutoencoderTraining(AutoencoderConfig, models.TrainingTesterMixin):
         super().test_gradient_checkpointing_is_applied(expected_set={"FlowMoTrunk"})
 
 
+@pytest.mark.slow
 class TestAutoencoderCompiled(AutoencoderConfig, CompileTests):
     different_shapes_for_compilation = [(16, 16), (16, 24), (24, 24)]
 

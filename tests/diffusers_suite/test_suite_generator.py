@@ -1,5 +1,6 @@
 """FlowMoTokenGenerator under diffusers' tests of models."""
 
+import pytest
 import torch
 from diffusers_checkout import models, torch_device
 from suite_models import AttentionTests, CompileTests, LoraTests, MemoryTests, SavingTests
@@ -47,6 +48,7 @@ class TestGeneratorTraining(GeneratorConfig, models.TrainingTesterMixin):
         super().test_gradient_checkpointing_is_applied(expected_set={"FlowMoTokenGenerator"})
 
 
+@pytest.mark.slow
 class TestGeneratorCompiled(GeneratorConfig, CompileTests):
     pass
 
