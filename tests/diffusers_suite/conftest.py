@@ -14,7 +14,8 @@ from flowmo_diffusers.models.mmdit import FlowMoModulation
 def pytest_configure(config: pytest.Config) -> None:
     """The marks that diffusers sets on its tests, some of which it declares nowhere."""
     source = Path(os.environ.get("DIFFUSERS_CHECKOUT", ""), "tests", "testing_utils.py")
-    for mark in sorted(set(re.findall(r"return pytest\.mark\.(\w+)\(", source.read_text()))) if source.is_file() else ():
+    text = source.read_text() if source.is_file() else ""
+    for mark in sorted(set(re.findall(r"return pytest\.mark\.(\w+)\(", text))):
         config.addinivalue_line("markers", f"{mark}: of diffusers' tests")
 
 

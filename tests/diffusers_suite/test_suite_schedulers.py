@@ -49,7 +49,9 @@ class TestTokenScheduler(CommonTests):
         return {"mask_schedule": "arccos", "noise_temperature": 4.5, **changes}
 
     def test_scheduler_public_api(self):
-        pytest.skip("tokens are not scaled: no init_noise_sigma, no scale_model_input, as in diffusers' AmusedScheduler")
+        pytest.skip(
+            "tokens are not scaled: no init_noise_sigma or scale_model_input, as in diffusers' AmusedScheduler"
+        )
 
     def test_add_noise_device(self):
         pytest.skip("nothing is added to tokens: `TokenDraws` masks them in training")

@@ -50,8 +50,8 @@ def attach_adapter(model: ModelMixin, args: argparse.Namespace) -> None:
 
 def save_and_merge_adapter(model: ModelMixin, folder: Path) -> None:
     """
-    Writes the adapter to `pytorch_lora_weights.safetensors` in the folder, and leaves a plain model with the adapter in
-    its weights. These are others then: the tensors that the model had may be those that are being trained.
+    Writes the adapter to `pytorch_lora_weights.safetensors` in the folder, and leaves a plain model with the adapter
+    in its weights. These are others then: the tensors that the model had may be those that are being trained.
     """
     model.save_lora_adapter(folder)
     model.fuse_lora(safe_fusing=True)  # into copies

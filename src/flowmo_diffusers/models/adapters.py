@@ -3,10 +3,12 @@
 import functools
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import is_peft_available
 
 
 class AdapterMixin(PeftAdapterMixin):
@@ -19,6 +21,11 @@ class AdapterMixin(PeftAdapterMixin):
     """
 
     lora_target_modules: str
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
+        """As `PeftAdapterMixin.add_adapter`, of a `peft.LoraConfig`. Raises `ImportError` if PEFT is not installed."""
+        _check_peft()
+        super().add_adapter(adapter_config, adapter_name)
 
     def load_lora_adapter(
         self,
@@ -34,7 +41,9 @@ class AdapterMixin(PeftAdapterMixin):
         Raises:
             ValueError: If pickled weights are asked for, or the name is taken.
             OSError: If there is no adapter.
+            ImportError: If PEFT is not installed.
         """
+        _check_peft()
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False is refused: weights are read from safetensors only")
         kwargs["use_safetensors"] = True
@@ -54,3 +63,8 @@ class AdapterMixin(PeftAdapterMixin):
                 "`unload_lora()`, or, with the adapters in them, after `fuse_lora()` and `unload_lora()`"
             )
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _check_peft() -> None:
+    if not is_peft_available():
+        raise ImportError('LoRA needs PEFT: pip install "flowmo_diffusers[lora]"')

@@ -53,9 +53,7 @@ class FlowMoAutoencoderOutput(BaseOutput):
     quantizer_losses: dict[str, torch.Tensor] | None = None
 
 
-class FlowMoAutoencoder(
-    WholeCheckpointsOnly, AdapterMixin, ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
-):
+class FlowMoAutoencoder(WholeCheckpointsOnly, AdapterMixin, ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin):
     r"""
     A transformer diffusion autoencoder: images to a sequence of codes, and codes to the velocity of a rectified flow
     from noise to the image. The sampling loop lives in [`FlowMoPipeline`]. The defaults are FlowMo-Lo.
