@@ -206,13 +206,14 @@ class FlowMoPipeline(SafePipeline):
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         times = timesteps / self.scheduler.config.num_train_timesteps
-        guided = _guided(times, guidance_scale, guidance_interval)
+        inside = _inside(times, guidance_interval)
 
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, (timestep, t) in enumerate(zip(timesteps, times, strict=True)):
                 if self.interrupt:
                     continue
-                guidance = guidance_scale if guided[i] else None
+                guided = inside[i] and self.guidance_scale != 1  # which a callback may change
+                guidance = self.guidance_scale if guided else None
                 if windows is None:
                     v = self._velocity(latents, t, codes, guidance)
                 else:
@@ -327,10 +328,10 @@ class FlowMoPipeline(SafePipeline):
         How often one image passes through the decoder with these arguments of [`~FlowMoPipeline.decode`]: a guided
         step counts twice. Lays the scheduler's grid.
         """
-        num_inference_steps, *guidance = self._recipe(num_inference_steps, guidance_scale, guidance_interval)
+        num_inference_steps, scale, interval = self._recipe(num_inference_steps, guidance_scale, guidance_interval)
         self.scheduler.set_timesteps(num_inference_steps)
         times = self.scheduler.timesteps / self.scheduler.config.num_train_timesteps
-        return len(times) + sum(_guided(times, *guidance))
+        return len(times) + (sum(_inside(times, interval)) if scale != 1 else 0)
 
     def _recipe(
         self, num_inference_steps: int | None, guidance_scale: float | None, interval: tuple[float, float] | None
@@ -506,7 +507,7 @@ class FlowMoPipeline(SafePipeline):
         self._check_callback(callback_tensor_inputs)
 
 
-def _guided(times: torch.Tensor, scale: float, interval: tuple[float, float]) -> list[bool]:
-    """At which times t = sigma / (1 + sigma) guidance is applied; an end met up to float32's rounding is inside."""
+def _inside(times: torch.Tensor, interval: tuple[float, float]) -> list[bool]:
+    """Which times t = sigma / (1 + sigma) lie in the interval; an end met up to float32's rounding is inside."""
     low, high = (1 - 1 / (1 + sigma) for sigma in interval)
-    return [scale != 1 and low - 1e-6 <= t <= high + 1e-6 for t in times.tolist()]
+    return [low - 1e-6 <= t <= high + 1e-6 for t in times.tolist()]

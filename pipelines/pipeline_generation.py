@@ -108,7 +108,6 @@ class FlowMoGenerationPipeline(SafePipeline):
         self._interrupt = False
         self._num_timesteps = steps
         self.token_scheduler.set_timesteps(steps, device=device)
-        weights = self.token_scheduler.guidance_weights(guidance_scale)
         masked = self.generator.config.order == "masked"
         # A cache has the same batch at each step, guided or not.
         cache = None if masked else FlowMoTokenCache()
@@ -116,11 +115,12 @@ class FlowMoGenerationPipeline(SafePipeline):
             for i, timestep in enumerate(self.token_scheduler.timesteps):
                 if self.interrupt:
                     continue
+                weight = self.token_scheduler.guidance_weights(self.guidance_scale)[i]  # a callback may change it
                 if masked:
-                    logits = self._logits(latents, labels, weights[i], weights[i] != 1)
+                    logits = self._logits(latents, labels, weight, weight != 1)
                     latents = self.token_scheduler.step(logits, timestep, latents, generator, return_dict=False)[0]
                 else:
-                    latents = self._next_token(i, latents, labels, weights[i], guidance_scale != 1, cache, generator)
+                    latents = self._next_token(i, latents, labels, weight, guidance_scale != 1, cache, generator)
                 latents = self._call_back(
                     callback_on_step_end, callback_on_step_end_tensor_inputs, i, timestep, latents
                 )
@@ -170,7 +170,9 @@ class FlowMoGenerationPipeline(SafePipeline):
             output_type: "pil", "np", "pt" (in [0, 1]) or "latent" (a tensor in [-1, 1]).
             return_dict: Whether to return a [`FlowMoPipelineOutput`] or a tuple (images, indices).
             callback_on_step_end: Called as `callback(pipe, i, timestep, kwargs)` after each step of the tokens;
-                returns a dict, whose `latents` (indices, -1 where masked), if any, take their place.
+                returns a dict, whose `latents` (indices, -1 where masked), if any, take their place. What it sets as
+                `pipe._guidance_scale` holds from the next step on; an autoregressive generator that began without
+                guidance goes on without.
             callback_on_step_end_tensor_inputs: Names of the tensors given to the callback.
 
         Raises:

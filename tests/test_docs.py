@@ -37,7 +37,7 @@ from flowmo_diffusers.hub.convert import save_published
 
 # What is too large, or not here, and what stands in its place.
 SUBSTITUTIONS = {
-    "README.md": {'"cuda"': '"cpu"'},
+    "README.md": {'"cuda"': '"cpu"', 'from_published("lo"': 'from_published("flowmo_lo.pth"'},
     "docs/data.md": {"count=64": "count=2", "last=1000": "last=32", "num_workers=8": "num_workers=0"},
     "docs/evaluation.md": {
         'weights="pt_inception-2015-12-05-6726825d.pth"': 'network="./my_network"',

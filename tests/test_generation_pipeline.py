@@ -361,6 +361,26 @@ def test_replaced_tokens_are_what_goes_on(pipe):
     assert (found[:, 0] == 7).all() and (found >= 0).all()
 
 
+def test_a_callback_changes_guidance(pipe, monkeypatch):
+    """Catches a callback whose `_guidance_scale` is read by nothing."""
+    weights = []
+    plain = pipe._logits
+
+    def logits(indices, labels, weight, *rest):
+        weights.append(weight)
+        return plain(indices, labels, weight, *rest)
+
+    def callback(pipe, i, timestep, kwargs):
+        pipe._guidance_scale = 3.0
+        return {}
+
+    monkeypatch.setattr(pipe, "_logits", logits)
+    pipe.generate_tokens([0, 1], **steps_of(pipe), guidance_scale=2.0, callback_on_step_end=callback)
+    asked = len(weights) // pipe.num_timesteps
+    before, after = (pipe.token_scheduler.guidance_weights(scale) for scale in (2.0, 3.0))
+    assert weights == [weight for weight in [before[0], *after[1:]] for _ in range(asked)]
+
+
 def test_progress_bar_counts_steps(pipe, monkeypatch):
     """Catches a bar that never fills."""
     totals, updates = [], []

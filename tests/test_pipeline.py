@@ -278,6 +278,26 @@ def test_interrupt_and_callback(tiny_pipeline, calls):
     assert len(calls) == 8 and not tiny_pipeline.interrupt
 
 
+def test_a_callback_changes_guidance(tiny_pipeline):
+    """Would catch a callback whose `_guidance_scale` is read by nothing."""
+
+    def callback(pipe, i, timestep, kwargs):
+        pipe._guidance_scale = 1.0
+        return {}
+
+    options = {"latents": noise(), "output_type": "latent", "num_inference_steps": 2}
+    options["guidance_interval"] = (0.0, float("inf"))
+    mixed = tiny_pipeline(tensors(), guidance_scale=4.0, **options, callback_on_step_end=callback).images
+    first = []
+    keep = {"callback_on_step_end": lambda pipe, i, timestep, kwargs: first.append(kwargs["latents"]) or {}}
+    guided = tiny_pipeline(tensors(), guidance_scale=4.0, **options, **keep).images
+    codes = tiny_pipeline.autoencoder.encode(tensors()).codes
+    t = tiny_pipeline.scheduler.times[1]
+    v = tiny_pipeline.autoencoder(first[0], t, codes=codes).velocity
+    torch.testing.assert_close(mixed, (first[0] - t * v).clamp(-1, 1))
+    assert not torch.allclose(mixed, guided, atol=1e-3)
+
+
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_progress_bar_counts_steps(tiny_pipeline, monkeypatch, solver):
     """Would catch a bar that never fills, or that counts the model's answers instead of the steps."""

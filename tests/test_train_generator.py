@@ -277,3 +277,45 @@ def test_two_processes_are_one(train, tokens, tmp_path, order, start):
     first, second = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("one", "two"))
     assert first.pop("stage") == second.pop("stage")
     assert second == pytest.approx(first, rel=1e-4)
+
+
+def test_an_adapter(train, tmp_path):
+    """A run whose adapter is not trained, or whose result is not the generator with the adapter."""
+    pytest.importorskip("peft", reason='needs PEFT: pip install "flowmo_diffusers[lora]"')
+    train(tmp_path / "base")
+    path = {"pretrained_model_name_or_path": tmp_path / "base", "model_config": None}
+    train(tmp_path / "out", **path, lora_rank=2, lora_alpha=4)
+    parts = FlowMoPipeline.from_pretrained(tmp_path / "tokenizer").components
+    base, trained = (
+        FlowMoGenerationPipeline.from_pretrained(tmp_path / name, **parts).generator for name in ("base", "out")
+    )
+    inputs = torch.full((1, 8, 2), -1), torch.tensor([1])
+    with torch.no_grad():
+        before, after = (model(*inputs).logits for model in (base, trained))
+        base.load_lora_adapter(tmp_path / "out")
+        assert base.peft_config["default_0"].lora_alpha == 4 and not torch.equal(before, after)
+        torch.testing.assert_close(after, base(*inputs).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [None, shard_blocks], ids=["ddp", "fsdp2"])
+def test_two_processes_train_one_adapter(train, tmp_path, start):
+    """An adapter that is another on each process, or frozen weights that a wrapper waits for or cannot hold."""
+    pytest.importorskip("peft", reason='needs PEFT: pip install "flowmo_diffusers[lora]"')
+    train(tmp_path / "base")
+    path = {"pretrained_model_name_or_path": tmp_path / "base", "model_config": None}
+    options = {**path, "lora_rank": 2, "adam_epsilon": 1e-4, "checkpointing_steps": 2}
+    one = train(tmp_path / "one", **options)
+    forget_accelerators()
+    two = train(
+        tmp_path / "two",
+        launch=lambda script, args: debug_launcher(launched, (script.main, args, start), 2),
+        train_batch_size=2,
+        **options,
+    )
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+    file = "pytorch_lora_weights.safetensors"
+    adapters = [load_file(tmp_path / name / file) for name in ("one", "two")]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(tensor.any() for name, tensor in adapters[1].items() if "lora_B" in name)

@@ -28,6 +28,7 @@ from flowmo_diffusers.data.images import hold_out, load_images, load_streams, st
 from flowmo_diffusers.data.loading import BadImages, ShuffledImages, StreamedImages, image_batches
 from flowmo_diffusers.data.samples import SampleCache
 from flowmo_diffusers.data.transforms import ImageTransform
+from flowmo_diffusers.engine.adapters import add_adapter_options
 from flowmo_diffusers.engine.digests import config_entries, json_digest, module_digest
 from flowmo_diffusers.engine.launch import launched_with
 from flowmo_diffusers.engine.norms import NormRescaler
@@ -108,6 +109,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     add_loss_options(parser.add_argument_group("loss"))
     add_distillation_options(parser.add_argument_group("distillation"))
+    add_adapter_options(parser.add_argument_group("adapter"))
 
     watch = parser.add_argument_group("validation")
     add_validation_options(watch)

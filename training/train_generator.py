@@ -33,6 +33,7 @@ from flowmo_diffusers.data.tokens import (
     read_descriptions,
     tokenizer_identity,
 )
+from flowmo_diffusers.engine.adapters import add_adapter_options
 from flowmo_diffusers.engine.digests import config_entries
 from flowmo_diffusers.engine.options import parse_with_config
 from flowmo_diffusers.engine.seeding import keyed_generator
@@ -95,6 +96,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     loss("--label_smoothing", type=float, default=0.1)
     loss("--class_dropout", type=float, default=0.1, help="share of images whose class is dropped, for guidance")
     loss("--mask_schedule", choices=MASK_SCHEDULES, default="arccos", help="of training, and then of sampling")
+
+    add_adapter_options(parser.add_argument_group("adapter"))
 
     watch = parser.add_argument_group("validation")
     add_validation_options(watch)

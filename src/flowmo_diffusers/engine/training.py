@@ -21,6 +21,7 @@ from diffusers import ModelMixin
 from torch._functorch import config as functorch_config
 from tqdm.auto import tqdm
 
+from flowmo_diffusers.engine.adapters import attach_adapter, save_and_merge_adapter
 from flowmo_diffusers.engine.best import Best
 from flowmo_diffusers.engine.checkpoints import (
     Checkpoints,
@@ -177,6 +178,9 @@ class Trainer:
     def __init__(self, task: Task, args: argparse.Namespace, accelerator: Accelerator, config: Mapping[str, Any]):
         self.task, self.args, self.accelerator, self.config = task, args, accelerator, config
         model = task.model.requires_grad_(True).train().to(accelerator.device)
+        self.adapted = args.lora_rank is not None
+        if self.adapted:
+            attach_adapter(model, args)
         self.model_class = type(model)  # sharding makes it another
         task.before_step(0)
         if args.gradient_checkpointing:
@@ -366,9 +370,13 @@ class Trainer:
             return
         with torch.device("meta"):
             model = self.model_class.from_config(task.model.config)
+            if self.adapted:
+                attach_adapter(model, self.args)
         model.load_state_dict(weights, assign=True)
         record = {"stage": task.name, "steps": self.progress.step, "images": task.num_held_out, **figures}
         with atomic_folder(folder) as unfinished:
+            if self.adapted:
+                save_and_merge_adapter(model, unfinished)
             task.save(model, unfinished)
             (unfinished / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
 
@@ -385,6 +393,8 @@ class Trainer:
         record = json.loads((output_dir / "metrics.json").read_text())
         pictures = sorted((output_dir / "validation").glob(f"{self.task.name}-{record['steps']:07d}.png"))
         logger.info(f"step {record['steps']} is written to {output_dir}")
+        if self.adapted:
+            self.task.model.unload_lora()  # the card is that of the plain model, as it was saved
         facts = {
             "stage": self.task.name,
             "steps": record["steps"],

@@ -15,6 +15,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from flowmo_diffusers.engine.seeding import Generators
+from flowmo_diffusers.models.adapters import AdapterMixin
 from flowmo_diffusers.models.checkpointing import checkpoint_but_attention
 from flowmo_diffusers.models.loading import WholeCheckpointsOnly
 from flowmo_diffusers.models.mmdit import BLOCKS, FlowMoTrunk, patchify, unpatchify
@@ -52,7 +53,7 @@ class FlowMoAutoencoderOutput(BaseOutput):
     quantizer_losses: dict[str, torch.Tensor] | None = None
 
 
-class FlowMoAutoencoder(WholeCheckpointsOnly, ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin):
+class FlowMoAutoencoder(WholeCheckpointsOnly, AdapterMixin, ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin):
     r"""
     A transformer diffusion autoencoder: images to a sequence of codes, and codes to the velocity of a rectified flow
     from noise to the image. The sampling loop lives in [`FlowMoPipeline`]. The defaults are FlowMo-Lo.
@@ -85,6 +86,9 @@ class FlowMoAutoencoder(WholeCheckpointsOnly, ModelMixin, AutoencoderMixin, Atte
     # All children: offloading then hooks the trunks, which `encode` runs, not this class's forward, which it does not.
     _group_offload_block_modules = ["encoder", "quantize", "decoder"]
     _skip_layerwise_casting_patterns = ["patch_in", "token_in", "time_in", "norm", "head"]
+
+    # Of the decoder alone: the encoder determines what tokens mean.
+    lora_target_modules = r"decoder\.blocks\.\d+\..*(to_qkv|to_out|mlp\.0|mlp\.2)"
 
     @register_to_config
     def __init__(
@@ -147,9 +151,10 @@ class FlowMoAutoencoder(WholeCheckpointsOnly, ModelMixin, AutoencoderMixin, Atte
         return self._discrete("bytes_per_image").packed_bytes(self.config.num_latent_tokens)
 
     def block_weights(self) -> list[nn.Parameter]:
-        """The weight matrices of the blocks, whose norms training holds at their initial values (section 3.1)."""
-        blocks = [*self.encoder.blocks, *self.decoder.blocks]
-        return [module.weight for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
+        """The weight matrices of the blocks, whose norms training holds at their initial values (section 3.1). Those
+        of an adapter are not among them."""
+        modules = [item for block in (*self.encoder.blocks, *self.decoder.blocks) for item in block.named_modules()]
+        return [module.weight for name, module in modules if isinstance(module, nn.Linear) and "lora_" not in name]
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
         """

@@ -44,15 +44,14 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 
 
 class FusedProjection(nn.Linear):
-    """Queries, keys and values in one product. A context stream keeps all rows, since norm rescaling acts on the
-    whole matrix, but never computes the queries nobody reads."""
+    """Queries, keys and values in one product. A context stream keeps the rows of the queries, since norm rescaling
+    acts on the whole matrix, but never computes what nobody reads."""
 
-    def __init__(self, dim: int, context_only: bool = False):
+    def __init__(self, dim: int):
         super().__init__(dim, 3 * dim)
-        self.context_only = context_only
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.context_only:
+    def forward(self, x: torch.Tensor, queries: bool = True) -> torch.Tensor:
+        if queries:
             return super().forward(x)
         dim = self.in_features
         return F.linear(x, self.weight[dim:], self.bias[dim:])
@@ -84,18 +83,26 @@ class FlowMoStreamProjections(nn.Module):
         super().__init__()
         head_dim = dim // num_heads
         self.num_heads = num_heads
-        self.to_qkv = FusedProjection(dim, context_only)
+        self.context_only = context_only
+        self.to_qkv = FusedProjection(dim)
         self.norm_q = None if context_only else HeadNorm(head_dim, eps=1e-6)
         self.norm_k = HeadNorm(head_dim, eps=1e-6)
         self.to_out = None if context_only else nn.Linear(dim, dim)
 
     def forward(self, x: torch.Tensor, rotary: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """(b, length, dim) to queries (`None` in a context stream), keys, values: (b, length, heads, head width)."""
-        heads = self.to_qkv(x).unflatten(-1, (-1, self.num_heads, x.shape[-1] // self.num_heads))
+        heads = self._project(x).unflatten(-1, (-1, self.num_heads, x.shape[-1] // self.num_heads))
         *query, key, value = heads.unbind(2)
         # In float32 from the norm on, and rounded once.
         query = rotate(self.norm_q(query[0]), rotary).to(value.dtype) if query else None
         return query, rotate(self.norm_k(key), rotary).to(value.dtype), value
+
+    def _project(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.context_only:
+            return self.to_qkv(x)
+        if isinstance(self.to_qkv, FusedProjection):
+            return self.to_qkv(x, queries=False)
+        return self.to_qkv(x)[..., x.shape[-1] :]  # what PEFT has put in its place adds to the whole product
 
 
 class FlowMoAttnProcessor:

@@ -14,6 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from flowmo_diffusers.models.adapters import AdapterMixin
 from flowmo_diffusers.models.loading import WholeCheckpointsOnly
 from flowmo_diffusers.models.mmdit import HeadNorm, modulate
 
@@ -183,7 +184,7 @@ class FlowMoTokenHead(nn.Module):
         return self.linear(modulate(self.norm(x), shift[:, None], scale[:, None]))
 
 
-class FlowMoTokenGenerator(WholeCheckpointsOnly, ModelMixin, AttentionMixin, ConfigMixin):
+class FlowMoTokenGenerator(WholeCheckpointsOnly, AdapterMixin, ModelMixin, AttentionMixin, ConfigMixin):
     r"""
     A class-conditional transformer over the tokens of a [`FlowMoAutoencoder`] that predicts them in groups of bits, as
     MaskBit does (arXiv 2409.16211). The input of a token is its bits, ±1 and 0 where masked, through one linear layer;
@@ -213,6 +214,8 @@ class FlowMoTokenGenerator(WholeCheckpointsOnly, ModelMixin, AttentionMixin, Con
     _no_split_modules = ["FlowMoTokenBlock"]
     _repeated_blocks = ["FlowMoTokenBlock"]
     _skip_layerwise_casting_patterns = ["token_in", "class_in", "positions", "modulation", "norm", "head"]
+
+    lora_target_modules = r"blocks\.\d+\.(attn\.to_qkv|attn\.to_out|mlp\.0|mlp\.2)"
 
     @register_to_config
     def __init__(

@@ -68,6 +68,7 @@ class FlowMoScheduler(SchedulerMixin, ConfigMixin):
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1; the paper's value is 25")
         check_guidance_interval(guidance_interval)
+        self.register_to_config(guidance_interval=list(guidance_interval))  # as it comes back from JSON
         self.order = 2 if solver == "heun" else 1  # times that the model is asked in a step
         self.num_inference_steps = None
         self.times = None
