@@ -18,7 +18,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile("\n".join(offline), str(README), "exec"), {})
     assert PIL.Image.open("reconstruction.png").size == PIL.Image.open("restored.png").size == (32, 32)
-    assert Path("photo.flowmo").stat().st_size == 192
+    assert Path("photo.bin").stat().st_size == 192
 
 
 def test_linked_files_exist():
