@@ -22,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if Path(args.inspected).is_file():
+    from flowmo_diffusers.data.token_file import SUFFIX
+
+    path = Path(args.inspected)
+    if path.is_file() or path.suffix == SUFFIX:
         facts = describe_file(args.inspected)
     else:
         from flowmo_diffusers.cli.describing import describe_model

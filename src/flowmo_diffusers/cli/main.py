@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 import flowmo_diffusers
 from flowmo_diffusers.cli import convert, decode, encode, generate, inspect, reconstruct
+from flowmo_diffusers.page import demo
 
 
 # Each has `add_arguments(parser)` and `run(args) -> int`, its exit code; its docstring is its help, the first line the
 # summary. What takes time to import (torch, diffusers) they import when they run, so that help comes at once.
-COMMANDS = (reconstruct, encode, decode, generate, convert, inspect)
+COMMANDS = (reconstruct, encode, decode, generate, convert, inspect, demo)
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # as of a program that SIGPIPE ends

@@ -1,0 +1,363 @@
+"""The command `flowmo`, in this process but for what only another can show."""
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from flowmo_diffusers import FlowMoPipeline
+from flowmo_diffusers.assets import asset_path
+from flowmo_diffusers.cli import encode, main, options
+from flowmo_diffusers.cli.main import COMMANDS, build_parser
+from flowmo_diffusers.data.token_file import TokenFile
+from flowmo_diffusers.data.tokens import tokenizer_identity
+from flowmo_diffusers.metrics.reconstruction import psnr
+from flowmo_diffusers.pipelines.images import images_to_tensor
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = Path(sys.executable).parent / "flowmo"
+FAST = ("--steps", 2, "--batch_size", 2)
+
+
+def flowmo(*words) -> int:
+    return main.main([str(word) for word in words])
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(PIL.Image.open(path)).astype(int)
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Two images, one more in a folder, and what is none."""
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name, size in (("a.png", (32, 32)), ("b.jpg", (50, 40)), ("sub/c.png", (40, 36))):
+        coarse = PIL.Image.fromarray(random.integers(0, 256, (4, 4, 3), np.uint8))
+        coarse.resize(size, PIL.Image.Resampling.BICUBIC).save(folder / name)
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_reconstruct(photos, tmp_path, capsys):
+    """The figures are those of the pictures that were written."""
+    out = tmp_path / "out"
+    assert flowmo("reconstruct", photos, "--output", out, *FAST) == 0
+    assert below(out) == ["a.png", "b.png", "sub/c.png"]
+    printed = capsys.readouterr().out
+    x, y = (images_to_tensor(PIL.Image.open(folder / "a.png")) for folder in (photos, out))
+    line = next(line for line in printed.splitlines() if line.startswith(str(photos / "a.png")))
+    assert "32 x 32 pixels, 1536 bits = 192 bytes (1.5 a pixel)" in line
+    assert float(re.search(r"PSNR ([\d.]+) dB", line)[1]) == pytest.approx(psnr(x, y).item(), abs=0.006)
+    each = [float(value) for value in re.findall(r" PSNR ([\d.]+) dB, \d", printed)]
+    mean = float(re.search(r"mean PSNR ([\d.]+) dB", printed)[1])
+    assert len(each) == 3 and mean == pytest.approx(sum(each) / 3, abs=0.011)
+
+
+def test_compare_is_the_original_beside_the_reconstruction(photos, tmp_path):
+    for name, more in (("alone", []), ("both", ["--compare"])):
+        assert flowmo("reconstruct", photos / "a.png", "--output", tmp_path / f"{name}.png", *FAST, *more) == 0
+    both = pixels(tmp_path / "both.png")
+    assert np.array_equal(both[:, :32], pixels(photos / "a.png"))
+    assert np.array_equal(both[:, 32:], pixels(tmp_path / "alone.png"))
+
+
+def test_encode_and_decode_are_reconstruct(photos, tmp_path):
+    """The same seed gives the same image, alone as among others; another seed another."""
+    tokens, images = tmp_path / "tokens", tmp_path / "images"
+    assert flowmo("encode", photos, "--output", tokens) == 0
+    assert below(tokens) == ["a.flowmo", "b.flowmo", "sub/c.flowmo"]
+    file = TokenFile.read(tokens / "a.flowmo")
+    pipeline = FlowMoPipeline.from_pretrained(asset_path("starter"))
+    indices = pipeline.encode(PIL.Image.open(photos / "a.png"))
+    assert file.packed == pipeline.autoencoder.pack_codes(pipeline.autoencoder.indices_to_codes(indices))
+    assert (file.height, file.width, file.name) == (32, 32, "starter")
+    file.check_tokenizer(tokenizer_identity(pipeline.autoencoder))
+
+    assert flowmo("decode", tokens, "--output", images, *FAST) == 0
+    assert flowmo("reconstruct", photos, "--output", tmp_path / "direct", *FAST) == 0
+    for name in ("a.png", "b.png", "sub/c.png"):
+        assert np.array_equal(pixels(images / name), pixels(tmp_path / "direct" / name))
+    for seed in (0, 1):
+        target = tmp_path / f"{seed}.png"
+        assert flowmo("decode", tokens / "sub/c.flowmo", "--output", target, "--seed", seed, *FAST) == 0
+    difference = [np.abs(pixels(tmp_path / f"{seed}.png") - pixels(images / "sub/c.png")).max() for seed in (0, 1)]
+    assert difference[0] <= 1 < difference[1]  # 1: rounding in another batch
+
+
+def test_a_tokenizer_is_known_by_its_weights(photos, tmp_path):
+    """Tokens of one folder decoded by a copy elsewhere, with another decoder, in another dtype and by another grid."""
+    pipeline = FlowMoPipeline.from_pretrained(asset_path("starter"))
+    with torch.no_grad():
+        pipeline.autoencoder.decoder.patch_in.weight += 0.01
+    pipeline.save_pretrained(tmp_path / "copy")
+    assert flowmo("encode", photos / "a.png", "--output", tmp_path / "a.flowmo") == 0
+    options = ("--model", tmp_path / "copy", "--dtype", "bfloat16", "--rho", 2)
+    assert flowmo("decode", tmp_path / "a.flowmo", "--output", tmp_path / "a.png", *options, *FAST) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        ([], (32, 32)),
+        (["--resolution", "16x24"], (16, 24)),
+        (["--height", "24", "--width", "16"], (24, 16)),
+        (["--keep_size"], (40, 48)),
+    ],
+)
+def test_sizes(photos, tmp_path, words, size):
+    """Images of another size than was asked for; a size that is lost between encoding and decoding."""
+    assert flowmo("encode", photos / "b.jpg", "--output", tmp_path / "b.flowmo", *words) == 0
+    assert flowmo("decode", tmp_path / "b.flowmo", "--output", tmp_path / "b.png", *FAST) == 0
+    assert pixels(tmp_path / "b.png").shape == (*size, 3)
+
+
+def test_bad_images_are_named_and_the_others_encoded(photos, tmp_path, capsys):
+    (photos / "bad.jpg").write_bytes(b"\xff\xd8\xff broken")
+    assert flowmo("encode", photos, "--output", tmp_path / "out") == 1
+    assert below(tmp_path / "out") == ["a.flowmo", "b.flowmo", "sub/c.flowmo"]
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1 and str(photos / "bad.jpg") in shown.err
+    assert "1 failed" in shown.out
+
+
+def test_files_that_exist_are_kept(photos, tmp_path, capsys):
+    """A photo that a decoded one would replace; `--overwrite` that does not write."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.flowmo").write_bytes(b"mine")
+    assert flowmo("encode", photos, "--output", out) == 0
+    assert (out / "a.flowmo").read_bytes() == b"mine" and (out / "b.flowmo").exists()
+    assert "1 kept" in capsys.readouterr().out
+    assert flowmo("encode", photos, "--output", out, "--overwrite") == 0
+    assert TokenFile.read(out / "a.flowmo").num_tokens == 64
+
+
+def test_what_is_no_token_file_of_this_model_is_refused(photos, tmp_path, tiny_pipeline, capsys):
+    """Damaged and foreign files, another tokenizer's, windows, odd sizes: each is named, the rest decoded."""
+    tokens = tmp_path / "tokens"
+    assert flowmo("encode", photos / "a.png", "--output", tokens) == 0
+    good = TokenFile.read(tokens / "a.flowmo")
+    fields = vars(good)
+    (tokens / "cut.flowmo").write_bytes(good.to_bytes()[:-9])
+    (tokens / "foreign.flowmo").write_bytes(b"\x89PNG and so on")
+    TokenFile(**fields | {"height": 30}).write(tokens / "odd.flowmo")
+    windows = {"num_rows": 2, "codes": 2 * good.codes, "window": 16, "overlap": 4}
+    TokenFile(**fields | windows).write(tokens / "windows.flowmo")
+    tiny_pipeline.save_pretrained(tmp_path / "tiny")
+    assert flowmo("encode", photos / "a.png", "--model", tmp_path / "tiny", "--output", tokens / "tiny.flowmo") == 0
+    capsys.readouterr()
+    assert flowmo("decode", tokens, "--output", tmp_path / "images", *FAST) == 1
+    assert below(tmp_path / "images") == ["a.png"]
+    errors = capsys.readouterr().err.splitlines()
+    reasons = {
+        "cut": "cut off: 233 bytes of 242",
+        "foreign": "not a FlowMo token file",
+        "odd": "height=30 and width=32 must be positive multiples of the patch size 4",
+        "tiny": r"tokens of another tokenizer: \w{32} \(tiny\), not 9306206f3c66b2933be748ad90af5152",
+        "windows": "an image of 2 windows, which are not joined here",
+    }
+    assert len(errors) == len(reasons)
+    for line, (name, reason) in zip(errors, reasons.items(), strict=True):
+        assert re.fullmatch(rf".*{name}\.flowmo: {reason}", line)
+
+
+def test_generate(tmp_path, capsys):
+    """By number, name and none; image k of a class is the same among others; its tokens give it back but for noise."""
+    sampling = ("--steps", 4, "--decoder_steps", 4, "--guidance_scale", 2)
+    out = tmp_path / "out"
+    labels = ("--labels", "Flags", 6, "none", "--num_images", 2)
+    assert flowmo("generate", *labels, "--tokens", "--output", out, *sampling) == 0
+    names = ["002-flags-0000", "002-flags-0001", "006-smileys-emotion-0000", "006-smileys-emotion-0001"]
+    names += ["none-0000", "none-0001"]
+    assert below(out) == sorted(name + suffix for name in names for suffix in (".png", ".flowmo"))
+    assert not np.array_equal(pixels(out / f"{names[0]}.png"), pixels(out / f"{names[1]}.png"))
+    assert flowmo("generate", "--labels", "smileys & emotion", "--output", tmp_path / "alone", *sampling) == 0
+    assert np.abs(pixels(tmp_path / "alone" / f"{names[2]}.png") - pixels(out / f"{names[2]}.png")).max() <= 1
+    assert flowmo("decode", out / f"{names[0]}.flowmo", "--output", tmp_path / "back.png", "--steps", 4) == 0
+    assert np.abs(pixels(tmp_path / "back.png") - pixels(out / f"{names[0]}.png")).mean() < 12
+    assert flowmo("generate", "--labels", "Cats", "--output", tmp_path / "none") == 1
+    assert "'Cats', which is no class" in capsys.readouterr().err
+
+
+def test_convert(tmp_path, capsys):
+    """There and back; and a file that is no checkpoint."""
+    checkpoint = ROOT / "tests/parity/lfq_lo/checkpoint.pth"
+    told = ("--rope_axes", 4, 8, 4, "--codebook_bits", 3, "--sample_size", 32, "--num_latent_tokens", 16)
+    assert flowmo("convert", checkpoint, tmp_path / "folder", *told) == 0
+    FlowMoPipeline.from_pretrained(tmp_path / "folder")
+    assert flowmo("convert", tmp_path / "folder", tmp_path / "back.pth") == 0
+    assert (tmp_path / "back.pth").stat().st_size > 1000
+    assert flowmo("convert", tmp_path / "absent.pth", tmp_path / "other") == 1
+    assert "absent.pth does not exist" in capsys.readouterr().err
+
+
+def test_inspect_shows_a_token_file(photos, tmp_path, capsys):
+    assert flowmo("encode", photos / "a.png", "--output", tmp_path / "a.flowmo") == 0
+    capsys.readouterr()
+    assert flowmo("inspect", tmp_path / "a.flowmo", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["tokenizer"] == "9306206f3c66b2933be748ad90af5152" and facts["name"] == "starter"
+    assert (facts["code_bytes"], facts["file_bytes"], facts["num_rows"]) == (192, 242, 1)
+    (tmp_path / "a.flowmo").write_bytes(b"FLOWMO")
+    assert flowmo("inspect", tmp_path / "a.flowmo") == 1
+
+
+def test_inspect_shows_a_model(tiny_pipeline, tmp_path, capsys):
+    """The embedded generator with its tokenizer, and a folder."""
+    assert flowmo("inspect", "starter_generator", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["class"] == "FlowMoGenerationPipeline" and facts["classes"]["2"] == "Flags"
+    tokenizer = facts["tokenizer"]
+    assert tokenizer["tokens"]["bits_per_image"] == 1536 and tokenizer["sampler"]["num_inference_steps"] == 25
+    flops, forwards = tokenizer["flops"], tokenizer["sampler"]["forwards"]
+    assert 25 < forwards < 50 and flops["reconstruction"] == flops["encoder"] + forwards * flops["decoder_forward"]
+    tiny_pipeline.save_pretrained(tmp_path / "tiny")
+    assert flowmo("inspect", tmp_path / "tiny") == 0
+    shown = capsys.readouterr().out
+    assert f"  all: {tiny_pipeline.autoencoder.num_parameters():,}\n" in shown and "  bytes_per_image: 6\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "required: COMMAND"),
+        ("encode photos", "required: --output"),
+        ("encode photos --output x --batch_size 0", "--batch_size: '0' must be a whole number of at least 1"),
+        ("encode photos --output x --height 32", "--height and --width must be given together"),
+        ("encode photos --output x --keep_size --resolution 32", "give one of"),
+        ("encode photos --output x.flowmo", "is one file, and there are 3 to write"),
+        ("decode x --output y --dtype int8", "invalid choice"),
+        ("reconstruct photos --output x --resolution 3x", "must be a side in pixels"),
+    ],
+)
+def test_wrong_usage_ends_with_2(photos, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(photos.parent)
+    with pytest.raises(SystemExit) as ended:
+        flowmo(*words.split())
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("encode absent --output x", "absent does not exist"),
+        ("encode empty --output x", "empty holds no files of a kind that is read here"),
+        ("encode photos --output x --model ./absent", "absent"),
+        ("encode photos --output photos/a.png", "photos/a.png is not a folder"),
+        ("encode photos photos/a.png --output x", "photos/a.png and photos/a.png would both be written to x/a.flowmo"),
+        ("encode photos --output x --resolution 30", "must be positive multiples of the patch size 4"),
+        ("reconstruct photos --output x --rho -1", "rho=-1.0 must be positive"),
+        ("reconstruct photos --output x --steps 2 --device nowhere", "--device nowhere cannot be used"),
+        ("generate --labels 99 --output x", "class_labels has id 99; this generator has 9 classes"),
+        ("inspect ./absent", "absent"),
+        ("inspect absent.flowmo", "No such file or directory: 'absent.flowmo'"),
+    ],
+)
+def test_errors_are_one_line(photos, monkeypatch, capsys, words, message):
+    """And come before anything is written; `--debug` shows where from."""
+    monkeypatch.chdir(photos.parent)
+    (photos.parent / "empty").mkdir()
+    assert flowmo(*words.split()) == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith("flowmo ") and shown.err.count("\n") == 1 and message in shown.err
+    assert not Path("x").exists()
+    with pytest.raises((OSError, ValueError)):
+        flowmo(*words.split(), "--debug")
+
+
+def test_interrupted(photos, tmp_path, monkeypatch, capsys):
+    """Ctrl-C ends with 130 and leaves whole files only."""
+    write = TokenFile.to_bytes
+    calls = []
+
+    def interrupt_the_second(file: TokenFile) -> bytes:
+        calls.append(file)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return write(file)
+
+    monkeypatch.setattr(TokenFile, "to_bytes", interrupt_the_second)
+    assert flowmo("encode", photos, "--output", tmp_path / "out") == 130
+    assert below(tmp_path / "out") == ["a.flowmo"]
+    assert capsys.readouterr().err == "flowmo: interrupted\n"
+
+
+def test_bugs_are_not_hidden(photos, tmp_path, monkeypatch):
+    """An error that no input explains keeps its traceback."""
+
+    def broken(args):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(encode, "run", broken)
+    with pytest.raises(TypeError):
+        flowmo("encode", photos, "--output", tmp_path / "out")
+
+
+def test_help_needs_no_torch(tmp_path):
+    """Seconds of imports before a help page, or before a header is shown."""
+    file = tmp_path / "a.flowmo"
+    TokenFile(tokenizer="0" * 32, height=4, width=4, num_tokens=1, bits_per_token=8, codes=b"?").write(file)
+    names = [module.__name__.rpartition(".")[2] for module in COMMANDS]
+    code = f"""
+import sys
+from flowmo_diffusers.cli.main import main
+for words in [["--help"], *([name, "--help"] for name in {names})]:
+    try:
+        main(words)
+    except SystemExit as ended:
+        assert ended.code == 0
+assert main(["inspect", {str(file)!r}]) == 0
+print(sorted(sys.modules.keys() & {{"torch", "diffusers", "numpy", "datasets"}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+    assert all(f"flowmo {name} " in done.stdout for name in names)
+
+
+def test_examples_are_right():
+    """A command in the documentation or the help that its own parser refuses."""
+    texts = [(ROOT / name).read_text() for name in ("README.md", "docs/command-line.md")]
+    texts += [module.__doc__ for module in COMMANDS]
+    examples = re.findall(r"^ *(?:python -m flowmo_diffusers|flowmo) +(\w+ .*)$", "\n".join(texts), flags=re.MULTILINE)
+    assert len(examples) > 20
+    for example in examples:
+        build_parser().parse_args(shlex.split(example, comments=True))
+
+
+def test_local_folders_go_before_embedded_ones(tiny_pipeline, tmp_path, monkeypatch, capsys):
+    tiny_pipeline.save_pretrained(tmp_path / options.STARTER)
+    monkeypatch.chdir(tmp_path)
+    assert flowmo("inspect", options.STARTER) == 0
+    assert "bytes_per_image: 6" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_installed_command(photos, tmp_path):
+    """The console script and the module, a reader that closes its pipe, and no word on stderr where all is well."""
+    command = [SCRIPT, "encode", photos / "a.png", "--output", tmp_path / "a.flowmo"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{photos / 'a.png'} -> {tmp_path / 'a.flowmo'}: 32 x 32 pixels, 242 bytes\n")
+    module = [sys.executable, "-m", "flowmo_diffusers", "inspect", tmp_path / "a.flowmo"]
+    done = subprocess.run(module, capture_output=True, text=True, check=True)
+    assert "tokenizer: 9306206f3c66b2933be748ad90af5152" in done.stdout
+    reader = subprocess.Popen(module, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    reader.stdout.close()
+    assert reader.stderr.read() == ""
+    assert reader.wait() == main.BROKEN_PIPE
