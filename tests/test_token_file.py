@@ -65,6 +65,11 @@ def starter_like(**changes) -> TokenFile:
     return TokenFile(**values | changes)
 
 
+def signed(body: bytes) -> bytes:
+    """With the checksum that belongs to it."""
+    return body + struct.pack(">I", zlib.crc32(body))
+
+
 def read_or_refuse(data: bytes) -> TokenFile | None:
     """Nothing but a `ValueError`, and memory for no more than the data and its parts."""
     tracemalloc.start()
@@ -125,7 +130,7 @@ def test_cut_off_and_continued_files_are_refused(file, data):
 def test_a_forged_header_is_refused_or_canonical(numbers, length, rest):
     """Any sizes whatever with a right checksum: what is read at all is written back as the very same bytes."""
     body = struct.pack(">7sB16s7HB", MAGIC, 1, bytes(16), *numbers, length) + rest
-    data = body + struct.pack(">I", zlib.crc32(body))
+    data = signed(body)
     found = read_or_refuse(data)
     assert found is None or found.to_bytes() == data
 
@@ -187,6 +192,8 @@ def test_impossible_fields_are_refused(changes, message):
         (lambda data: data[:-1], "cut off: 234 bytes of 235"),
         (lambda data: data + b"\0", "1 bytes more than the 235"),
         (lambda data: data[:100] + b"?" + data[101:], "damaged"),
+        (lambda data: signed(data[:38] + b"\1\xff" + data[39:-4]), "the tokenizer's name is no UTF-8"),
+        (lambda data: signed(data[:38] + b"\1\x1b" + data[39:-4]), "name=.* printable"),
     ],
 )
 def test_files_are_refused_by_name_and_reason(tmp_path, change, message):
