@@ -119,8 +119,11 @@ def _python(arguments: list[str]) -> Script | None:
     module, *rest = rest
     if module == "pytest":
         markers = re.findall(r'"(\w+):', (ROOT / "pyproject.toml").read_text())
-        if rest and (rest[0] != "-m" or rest[1].removeprefix("not ") not in markers):
-            raise WrongCommand(f"pytest {rest}: the markers are {markers}")
+        if rest and rest[0] == "-m":
+            if rest[1].removeprefix("not ") not in markers:
+                raise WrongCommand(f"pytest {rest}: the markers are {markers}")
+        elif missing := [path for path in rest if not (ROOT / path).exists()]:
+            raise WrongCommand(f"pytest {rest}: there is no {missing}")
         return None
     if module == "sphinx":
         if not (ROOT / rest[-2] / "conf.py").is_file():

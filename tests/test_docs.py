@@ -21,6 +21,7 @@ import torch
 import yaml
 from commands import Script, WrongCommand, check, commands
 from pages import PAGES, ROOT, Block, blocks
+from peft import LoraConfig
 from processes import own_accelerators
 from token_models import build_generator
 from transformers import MobileNetV2Config, MobileNetV2Model
@@ -32,12 +33,14 @@ from flowmo_diffusers import (
     FlowMoScheduler,
     FlowMoTokenScheduler,
 )
+from flowmo_diffusers.assets import asset_path
 from flowmo_diffusers.hub.convert import save_published
+from flowmo_diffusers.hub.remote_code import export_remote_code
 
 
 # What is too large, or not here, and what stands in its place.
 SUBSTITUTIONS = {
-    "README.md": {'"cuda"': '"cpu"', 'from_published("lo"': 'from_published("flowmo_lo.pth"'},
+    "README.md": {'"cuda"': '"cpu"', 'from_published("lo"': 'from_published("flowmo_lo.pth", config=SHAPES'},
     "docs/data.md": {"count=64": "count=2", "last=1000": "last=32", "num_workers=8": "num_workers=0"},
     "docs/evaluation.md": {
         'weights="pt_inception-2015-12-05-6726825d.pth"': 'network="./my_network"',
@@ -45,6 +48,7 @@ SUBSTITUTIONS = {
     },
     "docs/generation.md": {"100:": "30:"},
     "docs/performance.md": {"--device cuda": "--device cpu"},
+    "docs/publishing.md": {'from_pretrained("anna/my-flowmo-with-code"': 'from_pretrained("./my_flowmo_with_code"'},
     "docs/scaling.md": {
         '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)': "localhost",
         "$((8 * SLURM_NNODES))": "16",
@@ -56,6 +60,11 @@ SUBSTITUTIONS = {
 
 # What the Python of a page takes as given.
 GIVEN = {
+    "README.md": lambda: {"SHAPES": {"codebook_bits": 8, "sample_size": 32, "num_latent_tokens": 64}},
+    "docs/tokens.md": lambda: {
+        "pipe": FlowMoPipeline.from_pretrained(asset_path("starter")),
+        "image": _noise(1, 32)[0],
+    },
     "docs/evaluation.md": lambda: {
         "batches": [(_noise(4, 16), _noise(4, 16)), (_noise(4, 16), _noise(4, 16))],
         "x": torch.randn(20, 8),
@@ -205,6 +214,10 @@ def presupposed(tmp_path_factory) -> Path:
     for name in ("my_flowmo", "my_flowmo_post"):
         tokenizer.save_pretrained(folder / name)
     save_published(model, folder / "flowmo_lo.pth")
+    export_remote_code(tokenizer, folder / "my_flowmo_with_code")
+    model.add_adapter(LoraConfig(target_modules=r"decoder\..*to_qkv"))
+    model.save_lora_adapter(folder / "my_flowmo_lora")
+    model.unload_lora()
     labels = dict(enumerate(("bird", "cat", "dog", "horse")))
     generator = build_generator(num_tokens=64, token_groups=3, group_bits=8, num_classes=4, id2label=labels)
     parts = (generator, FlowMoTokenScheduler(), *tokenizer.components.values())
@@ -240,7 +253,7 @@ def test_what_the_readme_says_of_its_code(page, monkeypatch):
     for block in readme.blocks:
         readme.run(block)
     assert PIL.Image.open("reconstruction.png").size == PIL.Image.open("restored.png").size == (32, 32)
-    assert Path("photo.flowmo").stat().st_size == 192
+    assert Path("photo.bin").stat().st_size == 192
     assert len(readme.namespace["images"]) == 2 and readme.namespace["tokens"].shape == (1, 64, 3)
 
 

@@ -142,18 +142,19 @@ def image_reader(args: argparse.Namespace, pipeline: FlowMoPipeline) -> Callable
     height, width = (args.height, args.width) if args.height else args.resolution or (side, side)
     pipeline.check_inputs((1, 3, height, width), None, None, None, None, "pil", ())
     if args.keep_size:
-        return lambda path: pipeline.image_processor.preprocess(_at_least_a_patch(decode_image(path), pipeline))
+        return lambda path: _whole_patches(decode_image(path), pipeline)
     if args.height:
         return lambda path: pipeline.image_processor.preprocess(decode_image(path), height, width)
     transform = ImageTransform((height, width))
     return lambda path: transform(decode_image(path))[None]
 
 
-def _at_least_a_patch(image: PIL.Image.Image, pipeline: FlowMoPipeline) -> PIL.Image.Image:
+def _whole_patches(image: PIL.Image.Image, pipeline: FlowMoPipeline) -> torch.Tensor:
     patch = pipeline.autoencoder.config.patch_size
     if min(image.size) < patch:
         raise BadImage(f"{image.height} x {image.width} pixels are less than a patch of {patch} x {patch}")
-    return image
+    height, width = (side // patch * patch for side in (image.height, image.width))
+    return pipeline.image_processor.preprocess(image, height, width)
 
 
 def save_image(image: PIL.Image.Image, path: Path) -> None:

@@ -118,7 +118,7 @@ def _stand_in(cls: type) -> Import:
     return Import("diffusers", "SchedulerMixin" if issubclass(cls, SchedulerMixin) else "ModelMixin", cls.__name__)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m flowmo_diffusers.hub.remote_code",
         description=__doc__,
@@ -127,6 +127,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("source", help="a saved pipeline: a folder, or an id on the Hub")
     parser.add_argument("output", type=Path, help="the folder to write")
     parser.add_argument("--repo_id", help="where it will be published, for the card; default: the folder's name")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
     args = parser.parse_args(argv)
     try:
         card_from = args.source if Path(args.source).is_dir() else None
