@@ -12,9 +12,10 @@ import pytest
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from processes import forget_accelerators
+from scripts import load_script
 
 from flowmo_diffusers import FlowMoPipeline, FlowMoTokenGenerator
-from flowmo_diffusers.engine.adapters import adapter_rules, attach_adapter, save_and_merge_adapter
+from flowmo_diffusers.engine.adapters import Adapter, adapter_rules, save_and_merge_adapter
 
 
 peft = pytest.importorskip("peft", reason='needs PEFT: pip install "flowmo_diffusers[lora]"')
@@ -51,7 +52,7 @@ def answer(model: ModelMixin) -> torch.Tensor:
 
 def disturbed(model: ModelMixin) -> ModelMixin:
     """With an adapter that does something."""
-    attach_adapter(model, options())
+    Adapter(2, 2.0).attach(model)
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -66,7 +67,7 @@ def disturbed(model: ModelMixin) -> ModelMixin:
 def test_a_new_adapter_changes_nothing_and_is_all_that_is_trained(model):
     """A base that is not frozen, an adapter that begins as noise, or one that reaches the encoder or the head."""
     before, names = answer(model), dict(model.named_modules())
-    attach_adapter(model, options())
+    Adapter(2, 2.0).attach(model)
     assert torch.equal(answer(model), before)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
@@ -127,7 +128,7 @@ def test_merged(model, tmp_path):
     adapted, weights = answer(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.device("meta"):
         copied = type(model).from_config(model.config)
-        attach_adapter(copied, options())
+        Adapter(2, 2.0).attach(copied)
     copied.load_state_dict(model.state_dict(), assign=True)
     save_and_merge_adapter(copied, tmp_path / "adapter")
     copied.save_pretrained(tmp_path / "merged")
@@ -157,7 +158,7 @@ def test_ranks_by_module(model, tmp_path):
 def test_norm_rescaling_leaves_the_adapter_alone(tiny_autoencoder):
     """Norms of an adapter held at their first value, zero among them."""
     before = tiny_autoencoder.block_weights()
-    attach_adapter(tiny_autoencoder, options())
+    Adapter(2, 2.0).attach(tiny_autoencoder)
     assert all(there is here for there, here in zip(before, tiny_autoencoder.block_weights(), strict=True))
 
 
@@ -193,10 +194,12 @@ def test_what_is_refused(model, tmp_path, monkeypatch):
     with pytest.raises(OSError):
         model.load_lora_adapter(tmp_path)
     with pytest.raises(ValueError, match="not found in the base model"):
-        attach_adapter(model, options(lora_target_modules="to_q"))
+        Adapter(2, 2.0, "to_q").attach(model)
     path = {"pretrained_model_name_or_path": "there"}
     said = [message for wrong, message in adapter_rules(options(lora_rank=None, lora_alpha=2.0, **path)) if wrong]
     assert said == ["--lora_alpha and --lora_target_modules belong to --lora_rank"]
+    said = [message for wrong, message in adapter_rules(options(lora_rank=0, lora_alpha=-1.0, **path)) if wrong]
+    assert said == ["--lora_rank 0 must be at least 1", "--lora_alpha -1.0 must be positive"]
     assert not any(wrong for wrong, _ in adapter_rules(options(**path)))
     monkeypatch.setattr("flowmo_diffusers.engine.adapters.is_peft_available", lambda: False)
     said = [message for wrong, message in adapter_rules(options(pretrained_model_name_or_path=None)) if wrong]
@@ -227,6 +230,15 @@ def train_tokenizer(script, tiny_pipeline, tmp_path):
 
     yield run
     forget_accelerators()
+
+
+def test_options_of_the_scripts(script, capsys):
+    """A script that does not ask whether an adapter's options fit."""
+    of_generators = load_script("train_generator")
+    for each, data in ((script, "--dataset_name emoji"), (of_generators, "--tokenizer t --train_tokens_dir d")):
+        with pytest.raises(SystemExit):
+            each.parse_args(["--output_dir", "out", *data.split(), "--lora_rank", "2"])
+        assert "--lora_rank adapts a trained pipeline" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "posttrain", "distill"])

@@ -28,7 +28,7 @@ from flowmo_diffusers.data.images import hold_out, load_images, load_streams, st
 from flowmo_diffusers.data.loading import BadImages, ShuffledImages, StreamedImages, image_batches
 from flowmo_diffusers.data.samples import SampleCache
 from flowmo_diffusers.data.transforms import ImageTransform
-from flowmo_diffusers.engine.adapters import add_adapter_options
+from flowmo_diffusers.engine.adapters import Adapter, adapter_rules, add_adapter_options
 from flowmo_diffusers.engine.digests import config_entries, json_digest, module_digest
 from flowmo_diffusers.engine.launch import launched_with
 from flowmo_diffusers.engine.norms import NormRescaler
@@ -204,6 +204,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         (launched_with("deepspeed") and pretrain and 0 < args.freeze_encoder_steps < args.max_train_steps,
          "--freeze_encoder_steps: DeepSpeed cannot freeze the encoder on the way. Train for so many steps, then go on "
          "from that folder with --freeze_encoder_steps 0"),
+        *adapter_rules(args),
     )  # fmt: skip
     check_options(parser, args, limits, rules)
 
@@ -315,6 +316,7 @@ class TokenizerTraining(Task):
     ):
         super().__init__(args.stage, pipeline.autoencoder, None if args.streaming else len(images), len(originals))
         self.args, self.accelerator, self.pipeline, self.images = args, accelerator, pipeline, images
+        self.adapter = Adapter.of(args)
         pipeline.set_progress_bar_config(disable=True)
         networks = build_networks(args, accelerator.device)
         self.perceptual: PerceptualDistance | None = networks.get(Path(args.perceptual).name)

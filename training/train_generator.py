@@ -33,7 +33,7 @@ from flowmo_diffusers.data.tokens import (
     read_descriptions,
     tokenizer_identity,
 )
-from flowmo_diffusers.engine.adapters import add_adapter_options
+from flowmo_diffusers.engine.adapters import Adapter, adapter_rules, add_adapter_options
 from flowmo_diffusers.engine.digests import config_entries
 from flowmo_diffusers.engine.options import parse_with_config
 from flowmo_diffusers.engine.seeding import keyed_generator
@@ -120,7 +120,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     }
     both = args.pretrained_model_name_or_path and args.model_config
     rules = [(both, "give --model_config or --pretrained_model_name_or_path, not both: the pipeline has its own")]
-    check_options(parser, args, limits, rules)
+    check_options(parser, args, limits, [*rules, *adapter_rules(args)])
     return args
 
 
@@ -193,6 +193,7 @@ class GeneratorTask(Task):
         self.accelerator = accelerator
         self.pipeline = pipeline
         self.tokens = train
+        self.adapter = Adapter.of(args)
         self.weight_decay = args.adam_weight_decay
         self.validation = TokenValidation(
             accelerator,

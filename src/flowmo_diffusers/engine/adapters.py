@@ -1,6 +1,7 @@
 """A LoRA adapter in a training run: the model is frozen, the adapter is trained, and both come out."""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +19,54 @@ def add_adapter_options(group: argparse._ArgumentGroup) -> None:
 
 
 def adapter_rules(args: argparse.Namespace) -> tuple[tuple[Any, str], ...]:
-    """Pairs of what must not be true and what is said if it is."""
+    """As [`~flowmo_diffusers.engine.training_options.check_options`] takes them."""
     details = args.lora_alpha is not None or args.lora_target_modules is not None
+    rank, alpha = args.lora_rank, args.lora_alpha
     return (
-        (args.lora_rank is None and details, "--lora_alpha and --lora_target_modules belong to --lora_rank"),
-        (args.lora_rank and args.pretrained_model_name_or_path is None,
+        (rank is not None and rank < 1, f"--lora_rank {rank} must be at least 1"),
+        (alpha is not None and not alpha > 0, f"--lora_alpha {alpha} must be positive"),
+        (rank is None and details, "--lora_alpha and --lora_target_modules belong to --lora_rank"),
+        (rank and args.pretrained_model_name_or_path is None,
          "--lora_rank adapts a trained pipeline: give --pretrained_model_name_or_path"),
-        (args.lora_rank and not is_peft_available(),
+        (rank and not is_peft_available(),
          '--lora_rank needs PEFT: pip install "flowmo_diffusers[lora]"'),
     )  # fmt: skip
 
 
-def attach_adapter(model: ModelMixin, args: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class Adapter:
     """
-    Freezes the model but for a new adapter, which does nothing before it is trained.
+    LoRA as a run trains it.
 
-    Raises:
-        ValueError: If the model has no such modules.
+    Args:
+        rank: Of each layer's update.
+        alpha: The update is scaled by alpha / rank.
+        target_modules: Regular expression of the names of layers; `None` is the model's own `lora_target_modules`.
     """
-    from peft import LoraConfig  # optional
 
-    model.requires_grad_(False)
-    model.add_adapter(
-        LoraConfig(
-            r=args.lora_rank,
-            lora_alpha=args.lora_alpha or args.lora_rank,
-            target_modules=args.lora_target_modules or model.lora_target_modules,
-        )
-    )
+    rank: int
+    alpha: float
+    target_modules: str | None = None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Adapter | None":
+        """As the options of [`add_adapter_options`] say; `None` without --lora_rank."""
+        if args.lora_rank is None:
+            return None
+        return cls(args.lora_rank, args.lora_alpha or args.lora_rank, args.lora_target_modules)
+
+    def attach(self, model: ModelMixin) -> None:
+        """
+        Freezes the model but for a new adapter, which does nothing before it is trained.
+
+        Raises:
+            ValueError: If the model has no such layers.
+        """
+        from peft import LoraConfig  # optional
+
+        targets = self.target_modules or model.lora_target_modules
+        model.requires_grad_(False)
+        model.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets))
 
 
 def save_and_merge_adapter(model: ModelMixin, folder: Path) -> None:

@@ -21,7 +21,7 @@ from diffusers import ModelMixin
 from torch._functorch import config as functorch_config
 from tqdm.auto import tqdm
 
-from flowmo_diffusers.engine.adapters import attach_adapter, save_and_merge_adapter
+from flowmo_diffusers.engine.adapters import Adapter, save_and_merge_adapter
 from flowmo_diffusers.engine.best import Best
 from flowmo_diffusers.engine.checkpoints import (
     Checkpoints,
@@ -61,6 +61,7 @@ class Task(ABC):
     """
 
     norm_rescaler: NormRescaler | None = None
+    adapter: Adapter | None = None  # to be trained in place of the model's weights
     weight_decay = 0.0
 
     def __init__(self, name: str, model: ModelMixin, num_images: int | None, num_held_out: int):
@@ -178,9 +179,8 @@ class Trainer:
     def __init__(self, task: Task, args: argparse.Namespace, accelerator: Accelerator, config: Mapping[str, Any]):
         self.task, self.args, self.accelerator, self.config = task, args, accelerator, config
         model = task.model.requires_grad_(True).train().to(accelerator.device)
-        self.adapted = args.lora_rank is not None
-        if self.adapted:
-            attach_adapter(model, args)
+        if task.adapter is not None:
+            task.adapter.attach(model)
         self.model_class = type(model)  # sharding makes it another
         task.before_step(0)
         if args.gradient_checkpointing:
@@ -370,12 +370,12 @@ class Trainer:
             return
         with torch.device("meta"):
             model = self.model_class.from_config(task.model.config)
-            if self.adapted:
-                attach_adapter(model, self.args)
+            if task.adapter is not None:
+                task.adapter.attach(model)
         model.load_state_dict(weights, assign=True)
         record = {"stage": task.name, "steps": self.progress.step, "images": task.num_held_out, **figures}
         with atomic_folder(folder) as unfinished:
-            if self.adapted:
+            if task.adapter is not None:
                 save_and_merge_adapter(model, unfinished)
             task.save(model, unfinished)
             (unfinished / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -393,7 +393,7 @@ class Trainer:
         record = json.loads((output_dir / "metrics.json").read_text())
         pictures = sorted((output_dir / "validation").glob(f"{self.task.name}-{record['steps']:07d}.png"))
         logger.info(f"step {record['steps']} is written to {output_dir}")
-        if self.adapted:
+        if self.task.adapter is not None:
             self.task.model.unload_lora()  # the card is that of the plain model, as it was saved
         facts = {
             "stage": self.task.name,

@@ -10,8 +10,6 @@ import torch
 from accelerate.tracking import get_available_trackers
 from diffusers.optimization import get_polynomial_decay_schedule_with_warmup, get_scheduler
 
-from flowmo_diffusers.engine.adapters import adapter_rules
-
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
@@ -38,7 +36,7 @@ LIMITS = {
     "at least 1": (
         *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "ema_update_every"),
         *("num_validation_images", "checkpointing_steps", "logging_steps", "checkpoints_total_limit"),
-        *("early_stopping_patience", "lora_rank"),
+        "early_stopping_patience",
     ),
     "at least 0": (
         *("lr_warmup_steps", "lr_end", "max_skipped_steps", "validation_steps", "dataloader_num_workers"),
@@ -46,7 +44,7 @@ LIMITS = {
     ),
     "at least 0 and less than 1": ("ema_decay", "adam_beta1", "adam_beta2"),
     "from 0 to 1": ("activation_memory_budget",),
-    "positive": ("learning_rate", "adam_epsilon", "max_grad_norm", "lr_power", "lora_alpha"),
+    "positive": ("learning_rate", "adam_epsilon", "max_grad_norm", "lr_power"),
 }
 
 
@@ -149,7 +147,6 @@ def _common_rules(args: argparse.Namespace) -> tuple[tuple[Any, str], ...]:
          f"--report_to {args.report_to} is no tracker that is installed: {get_available_trackers()}"),
         (args.mixed_precision == "fp16" and not torch.cuda.is_available(),
          "--mixed_precision fp16 needs a GPU; bf16 runs on a CPU too"),
-        *adapter_rules(args),
     )  # fmt: skip
 
 
