@@ -27,7 +27,7 @@ MARKUP = re.compile(r"([*|\\]|(?<=\w)_(?!\w))")  # means something in reStructur
 FENCE = re.compile(r"\s*```\w*")
 
 # Of other libraries: named without a link, since where they are described cannot be looked up without the network.
-ELSEWHERE = {"DiffusionPipeline", "EMAModel", "evaluate"}
+ELSEWHERE = {"DiffusionPipeline", "EMAModel", "PeftAdapterMixin", "evaluate"}
 
 
 @cache

@@ -36,7 +36,7 @@ class TokenFile:
         width: See `height`.
         num_tokens: Of a row, from 1 to 65 535.
         bits_per_token: From 1 to 65 535.
-        codes: Rows of [`~flowmo_diffusers.FlowMoAutoencoder.pack_codes`] one after the other, at most 2^28 bytes.
+        codes: Rows of [`~FlowMoAutoencoder.pack_codes`] one after the other, at most 2^28 bytes.
         num_rows: 1, or the number of windows that a large image was divided into, up to 65 535.
         window: Side of a window in pixels, 0 where there is one row.
         overlap: Pixels that neighbouring windows share, less than `window`; 0 where there is one row.
@@ -96,7 +96,7 @@ class TokenFile:
 
     @property
     def packed(self) -> list[bytes]:
-        """The rows, as [`~flowmo_diffusers.FlowMoPipeline.decode`] takes them."""
+        """The rows, as [`~FlowMoPipeline.decode`] takes them."""
         return [self.codes[i : i + self.row_bytes] for i in range(0, len(self.codes), self.row_bytes)]
 
     def check_tokenizer(self, identity: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to convert, where to, and what a checkpoint does not tell."""
     parser.add_argument("source", type=Path, help="a published .pth, or a folder of this library to convert back")
     parser.add_argument("output", type=Path, help="the folder, or the .pth, to write")
     parser.add_argument("--weights", choices=["ema", "raw"], default="ema")

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -189,7 +190,9 @@ def single_file(cls: type, stand_ins: Mapping[str, Import] | None = None) -> str
         if numbers:
             parts.append(_heading(module))
             parts += [module.statements[number].source for number in numbers]
-    return "\n\n\n".join(parts) + "\n"
+    # Operators of PyTorch are the process's: those of an installed package are not to be replaced by these.
+    source = "\n\n\n".join(parts) + "\n"
+    return re.sub(rf'("|torch\.ops\.){PACKAGE}(::|\.\w+\.default)', rf"\1{PACKAGE}_remote\2", source)
 
 
 def _heading(module: Module) -> str:
