@@ -18,7 +18,7 @@ import torch
 
 from flowmo_diffusers import FlowMoAutoencoder, FlowMoGenerationPipeline, FlowMoPipeline
 from flowmo_diffusers.assets import asset_path
-from flowmo_diffusers.data.images import EMBEDDED_DATASET, load_images, stack_images
+from flowmo_diffusers.data.images import load_images, stack_images
 from flowmo_diffusers.engine.files import atomic_file
 from flowmo_diffusers.metrics.class_samples import class_samples
 from flowmo_diffusers.metrics.pictures import labelled_rows
@@ -81,7 +81,7 @@ def generate(starter: Path, output_dir: Path, from_scratch: bool) -> dict:
     if not from_scratch:
         shutil.rmtree(tokens, ignore_errors=True)
         shutil.rmtree(trained, ignore_errors=True)
-    source = ("--pretrained_model_name_or_path", starter, "--dataset", EMBEDDED_DATASET, "--split", "train", "--flip")
+    source = ("--pretrained_model_name_or_path", starter, "--dataset", "emoji", "--split", "train", "--flip")
     figures["tokenizing_seconds"] = run_script("tokenize_images.py", *source, "--output_dir", tokens)
     preset = ("--config", HERE / "configs" / "generator" / "starter.yaml", "--tokenizer", starter)
     options = steps("generator", from_scratch)
@@ -121,7 +121,7 @@ def reconstruct(folder: Path, images: torch.Tensor, perceptual: torch.nn.Module)
 
 def main() -> None:
     args = parse_args()
-    held_out = load_images(EMBEDDED_DATASET)["test"].select(range(NUM_IMAGES))
+    held_out = load_images("emoji")["test"].select(range(NUM_IMAGES))
     perceptual = load_perceptual_network("lpips-alex")
     starter = asset_path("starter")
     side = FlowMoAutoencoder.load_config(starter, subfolder="autoencoder")["sample_size"]

@@ -24,7 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from flowmo_diffusers import FlowMoAutoencoder, FlowMoPipeline, FlowMoScheduler
-from flowmo_diffusers.data.images import hold_out, load_images, load_streams, stack_images
+from flowmo_diffusers.data.images import EMBEDDED, hold_out, load_images, load_streams, stack_images
 from flowmo_diffusers.data.loading import BadImages, ShuffledImages, StreamedImages, image_batches
 from flowmo_diffusers.data.samples import SampleCache
 from flowmo_diffusers.data.transforms import ImageTransform
@@ -83,7 +83,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     model("--model_config", help="JSON file or text with FlowMoAutoencoder's fields, to start anew; default FlowMo-Lo")
 
     data = parser.add_argument_group("data").add_argument
-    data("--dataset_name", help="Hub id, local dataset, or 'emoji' for the embedded images")
+    data("--dataset_name", help="Hub id, local dataset, or embedded images: emoji, birds, emoji+birds")
     data("--dataset_config_name")
     data("--train_data_dir", help="folder of images, parquet file(s), .tar shards, or ImageNet's .tar files")
     data("--image_column", default="image", help="column, or extension in .tar shards that hold several images a key")
@@ -190,7 +190,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         ((args.dataset_name is None) == (args.train_data_dir is None),
          "give exactly one of --dataset_name and --train_data_dir"),
         (args.dataset_config_name and args.dataset_name is None, "--dataset_config_name belongs to --dataset_name"),
-        (args.streaming and args.dataset_name == "emoji", "--streaming: the embedded images are here already"),
+        (args.streaming and args.dataset_name in EMBEDDED, "--streaming: the embedded images are here already"),
         (args.random_scale < 1 or (args.random_scale > 1 and args.center_crop),
          "--random_scale must be at least 1, and 1 with --center_crop"),
         (Path(args.guard).name == Path(args.perceptual).name and args.guard not in networks,

@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import datasets
 import torch
@@ -22,7 +22,13 @@ from flowmo_diffusers.data.transforms import ImageTransform
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED_DATASET = "emoji"
+# Sets of images that ship with this package, by name, and what of `assets` each consists of. The photos of birds are
+# fewer, and more different from one another: in training, each is shown three times for an emoji.
+EMBEDDED = {
+    "emoji": {"train": ("emoji",), "test": ("emoji",)},
+    "birds": {"train": ("birds",), "test": ("birds",)},
+    "emoji+birds": {"train": ("emoji", "birds", "birds", "birds"), "test": ("emoji", "birds")},
+}
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -39,7 +45,8 @@ def load_images(
     The images of all splits that a place has. See `docs/data.md` for examples.
 
     Args:
-        dataset_name: A Hub id, a local dataset folder, or "emoji" for the set embedded in this package.
+        dataset_name: A Hub id, a local dataset folder, or a set embedded in this package: "emoji", "birds" (photos) or
+            "emoji+birds" (without labels).
         data_dir: A folder of images (nested folders are classes), a parquet or tar file, a folder of such files, or a
             pattern of their paths ("shards/{000..099}.tar", "shards/*.tar"); the folder that ImageNet, Food-101 or
             nuScenes were downloaded to; or an `.npz` or `.npy` file, see [`ArrayImages`]. If folders or files in it
@@ -73,8 +80,8 @@ def load_dataset_images(
     The images of one split, from one word for where they are.
 
     Args:
-        dataset: "emoji", what `data_dir` is in [`load_images`], the address of files, or a Hub id. What exists here
-            goes before a Hub id.
+        dataset: An embedded set ("emoji", "birds", "emoji+birds"), what `data_dir` is in [`load_images`], the address
+            of files, or a Hub id. What exists here goes before a Hub id; a folder "birds" is "./birds".
         split: By default "validation", else "test", else the only one.
         dataset_config_name: Configuration of a Hub dataset.
         cache_dir: See [`load_images`].
@@ -87,7 +94,7 @@ def load_dataset_images(
             [`load_images`].
         OSError: As [`load_images`].
     """
-    local = dataset != EMBEDDED_DATASET and (Path(dataset).exists() or not _HUB_ID.fullmatch(str(dataset)))
+    local = dataset not in EMBEDDED and (Path(dataset).exists() or not _HUB_ID.fullmatch(str(dataset)))
     place = {"data_dir": dataset} if local else {"dataset_name": str(dataset)}
     options = {"split": split or "validation", "dataset_config_name": dataset_config_name, "cache_dir": cache_dir}
     if streaming:
@@ -124,13 +131,14 @@ def _find_images(
 ) -> tuple[str, dict[str, datasets.Dataset | list[str]]]:
     """A kind of [`find_files`] with its files by split, or "dataset" with its splits."""
     _check_one(dataset_name, data_dir)
-    if data_dir is None and dataset_name != EMBEDDED_DATASET:
-        return "dataset", datasets.load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir)
+    if dataset_name is not None:
+        name, options = _dataset(dataset_name, dataset_config_name)
+        return "dataset", datasets.load_dataset(name, **options, cache_dir=cache_dir)
     if "://" in str(data_dir):
         raise ValueError(
             f"data_dir (--train_data_dir, --dataset) {data_dir} is not on this machine: stream it (--streaming)"
         )
-    kind, found = ("parquet", _embedded_files()) if data_dir is None else find_files(data_dir, split)
+    kind, found = find_files(data_dir, split)
     if kind == "parquet":
         return "dataset", datasets.load_dataset("parquet", data_files=found, cache_dir=cache_dir)
     return kind, found
@@ -160,9 +168,10 @@ def _stream_builder(
     cache_dir: str | Path | None = None,
 ) -> datasets.DatasetBuilder:
     _check_one(dataset_name, data_dir)
-    if data_dir is None and dataset_name != EMBEDDED_DATASET:
-        return datasets.load_dataset_builder(dataset_name, dataset_config_name, cache_dir=cache_dir)
-    kind, files = ("parquet", _embedded_files()) if data_dir is None else find_files(data_dir, split)
+    if dataset_name is not None:
+        name, options = _dataset(dataset_name, dataset_config_name)
+        return datasets.load_dataset_builder(name, **options, cache_dir=cache_dir)
+    kind, files = find_files(data_dir, split)
     if kind not in ("tar", "parquet"):
         raise ValueError(
             f"data_dir (--train_data_dir, --dataset) {data_dir} is no stream: read it in place, without --streaming"
@@ -208,8 +217,14 @@ def _evaluated_split(split: str | None, found: Mapping[str, object]) -> str:
     return named[0]
 
 
-def _embedded_files() -> dict[str, list[str]]:
-    return {split: [str(asset_path("emoji", f"{split}.parquet"))] for split in ("train", "test")}
+def _dataset(name: str, config_name: str | None) -> tuple[str, dict[str, Any]]:
+    """Name and options by which `datasets` loads a set of this name, embedded or not."""
+    if name not in EMBEDDED:
+        return name, {"name": config_name}
+    parts = EMBEDDED[name]
+    files = {split: [str(asset_path(part, f"{split}.parquet")) for part in parts[split]] for split in parts}
+    # Files of several kinds have the images in common.
+    return "parquet", {"data_files": files} | ({"columns": ["image"]} if "+" in name else {})
 
 
 Images = TypeVar("Images", bound=Numbered | ImageStream)

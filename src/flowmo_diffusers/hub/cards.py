@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from flowmo_diffusers import __version__
-from flowmo_diffusers.data.images import EMBEDDED_DATASET
+from flowmo_diffusers.data.images import EMBEDDED
 from flowmo_diffusers.engine.files import atomic_file
 from flowmo_diffusers.hub.card_parts import Subject, TrainingRun, code, plain, public, table
 from flowmo_diffusers.hub.generator_card import describe_generator
@@ -244,8 +244,8 @@ def _figure(figure: str, value: float, subject: Subject) -> str:
 
 
 def _hub_id(name: str | os.PathLike | None) -> str | None:
-    """The name if it is one on the Hub, not a path on this machine or the embedded dataset."""
-    if not isinstance(name, str) or name == EMBEDDED_DATASET or Path(name).exists():
+    """The name if it is one on the Hub, not a path on this machine or an embedded dataset."""
+    if not isinstance(name, str) or name in EMBEDDED or Path(name).exists():
         return None
     try:
         validate_repo_id(name)

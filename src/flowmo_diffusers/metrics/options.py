@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def add_data_options(parser: argparse._ArgumentGroup) -> None:
     """See [`load_dataset_images`]."""
     add = parser.add_argument
-    add("--dataset", required=True, help="Hub id, folder, .tar, parquet or .npz file(s), or 'emoji'")
+    add("--dataset", required=True, help="Hub id, folder, .tar, parquet or .npz file(s), emoji, birds or emoji+birds")
     add("--dataset_config_name")
     add("--split", help="default: 'validation', else 'test', else the only one")
     add("--image_column", default="image", help="column, or extension in .tar shards that hold several images a key")

@@ -9,7 +9,7 @@ import PIL.Image
 from gradio.events import Dependency
 from gradio.processing_utils import save_bytes_to_cache
 
-from flowmo_diffusers.data.images import EMBEDDED_DATASET, load_images
+from flowmo_diffusers.data.images import load_images
 from flowmo_diffusers.page.bits import bit_picture
 from flowmo_diffusers.page.uploads import uploaded
 from flowmo_diffusers.page.widgets import (
@@ -282,5 +282,5 @@ def _heading(workbench: Workbench) -> str:
 
 
 def _held_out() -> list[PIL.Image.Image]:
-    images = load_images(EMBEDDED_DATASET)["test"].pick(NUM_SAMPLES)
+    images = load_images("emoji+birds")["test"].pick(NUM_SAMPLES)
     return [images[number] for number in range(len(images))]
