@@ -50,7 +50,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output_dir", type=Path, required=True, help="where the tokens are written")
 
     data = parser.add_argument_group("images").add_argument
-    data("--dataset", required=True, help="Hub id, folder, .tar, parquet or .npz file(s), or an embedded set: emoji, birds")
+    data("--dataset", required=True, help="Hub id, folder, .tar, parquet or .npz file(s), emoji or birds")
     data("--dataset_config_name")
     data("--split", default="train", help="of the data set, and its name among the tokens")
     data("--image_column", default="image", help="column, or extension in .tar shards that hold several images a key")

@@ -51,7 +51,7 @@ from flowmo_diffusers.metrics.pictures import labelled_rows
 from flowmo_diffusers.metrics.validation import Validation
 from flowmo_diffusers.objectives.cost import distillation_flops, posttraining_flops, pretraining_flops
 from flowmo_diffusers.objectives.distill import DistillationWeights, distillation_loss
-from flowmo_diffusers.objectives.flow import FlowDraws
+from flowmo_diffusers.objectives.flow import NOISE_LEVELS, FlowDraws
 from flowmo_diffusers.objectives.joint import JointCodeDistribution
 from flowmo_diffusers.objectives.perceptual import PerceptualDistance, load_perceptual_network
 from flowmo_diffusers.objectives.posttrain import ChainDraws, posttraining_loss
@@ -148,6 +148,7 @@ def add_loss_options(group: argparse._ArgumentGroup) -> None:
     add("--commit_weight", type=float, default=LossWeights.commit)
     add("--kl_weight", type=float, default=LossWeights.kl)
     add("--code_dropout", type=float, default=0.1, help="share of images whose codes are dropped, for guidance")
+    add("--noise_levels", choices=NOISE_LEVELS, default="thick-tailed", help="of the flow loss; 'one' is regression")
     add("--chain_steps", type=int, default=8, help="posttrain: Euler steps of the sampling chain")
 
 
@@ -378,7 +379,7 @@ class TokenizerTraining(Task):
         args, device = self.args, self.accelerator.device
         x = batch["images"].to(device, non_blocking=True)
         generators = [keyed_generator(args.seed, args.stage, visit, device) for visit in batch["visits"].tolist()]
-        draws = FlowDraws.sample(x, generators, args.code_dropout)
+        draws = FlowDraws.sample(x, generators, args.code_dropout, args.noise_levels)
         if args.stage == "pretrain":
             return pretraining_loss(self.trained, x, draws, self.perceptual, self.weights, generators)
         if args.stage == "posttrain":

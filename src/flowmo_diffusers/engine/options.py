@@ -15,7 +15,8 @@ def parse_with_config(
     Parses options whose defaults come from `--config file.yaml`; flags override the file.
 
     Args:
-        parser: Every key of the file must be one of its options. A key without a value leaves the option's default.
+        parser: Every key of the file must be one of its options, but for "base": another file, by its path from this
+            one, whose settings hold where this one says nothing. A key without a value leaves the option's default.
         section: Name of the option whose value (say, "pretrain") names a section of the file; the keys of that
             section override those at the top, and the file's other sections are for other runs.
 
@@ -33,7 +34,7 @@ def parse_with_config(
         if not given.config.is_file():
             parser.error(f"--config {given.config} does not exist")
         try:
-            values = _mapping(yaml.safe_load(given.config.read_text()), "the file")
+            values = read_config_file(given.config)
             if section:
                 names = options[section].choices or ()
                 chosen = getattr(given, section) or values.get(section) or parser.get_default(section)
@@ -48,6 +49,35 @@ def parse_with_config(
         except (OSError, ValueError, yaml.YAMLError) as error:
             parser.error(f"--config {given.config}: {error}")
     return parser.parse_args(argv)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """
+    What a YAML file says, and where it says nothing, what the file says that it names as its "base".
+
+    Raises:
+        ValueError: If it is no mapping, or its own base.
+        OSError: If there is no such file.
+    """
+    values, seen = {}, []
+    while path is not None:
+        if path.resolve() in seen:
+            raise ValueError(f"{path} is its own base")
+        seen.append(path.resolve())
+        own = _mapping(yaml.safe_load(path.read_text()), "the file")
+        base = own.pop("base", None)
+        values = _joined(own, values)
+        path = None if base is None else path.parent / base
+    return values
+
+
+def _joined(base: dict, values: dict) -> dict:
+    """Both, `values` before `base`; mappings in them likewise."""
+    joined = base | values
+    for name, value in joined.items():
+        if isinstance(value, dict) and isinstance(base.get(name), dict):
+            joined[name] = _joined(base[name], value)
+    return joined
 
 
 def resolution(text: str) -> tuple[int, int]:

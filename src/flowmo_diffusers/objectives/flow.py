@@ -37,6 +37,11 @@ def thick_tailed(normal: torch.Tensor, selector: torch.Tensor, uniform: torch.Te
     return torch.where(selector <= 0.9, normal.sigmoid(), uniform)
 
 
+# How t is drawn. "one" is no flow: from pure noise the best velocity is z - E[x | c], so training is regression of the
+# image, and the model an autoencoder by mean squared error.
+NOISE_LEVELS = ("thick-tailed", "logit-normal", "one")
+
+
 @dataclass
 class FlowDraws:
     """
@@ -53,9 +58,31 @@ class FlowDraws:
     code_mask: torch.Tensor
 
     @classmethod
-    def sample(cls, x: torch.Tensor, generators: list[torch.Generator], code_dropout: float = 0.1) -> "FlowDraws":
-        """Draws for images `x`, one generator an image: an image's draws do not depend on the batch it is in."""
+    def sample(
+        cls,
+        x: torch.Tensor,
+        generators: list[torch.Generator],
+        code_dropout: float = 0.1,
+        noise_levels: str = "thick-tailed",
+    ) -> "FlowDraws":
+        """
+        Draws for images `x`, one generator an image: an image's draws do not depend on the batch it is in.
+
+        Args:
+            code_dropout: Probability of dropping an image's codes.
+            noise_levels: One of `NOISE_LEVELS`; all but the first are for comparison.
+
+        Raises:
+            ValueError: If there are no such noise levels.
+        """
+        if noise_levels not in NOISE_LEVELS:
+            raise ValueError(f"noise_levels={noise_levels!r} must be one of {NOISE_LEVELS}")
         selector, uniform, keep = draw_uniform((len(x), 3), generators, x.device).unbind(1)
-        t = thick_tailed(randn_tensor(x.shape[:1], generators, x.device), selector, uniform)
+        normal = randn_tensor(x.shape[:1], generators, x.device)
+        t = {
+            "thick-tailed": thick_tailed(normal, selector, uniform),
+            "logit-normal": normal.sigmoid(),
+            "one": torch.ones_like(normal),
+        }[noise_levels]
         z = randn_tensor(x.shape, generators, x.device)
         return cls(z=z, t=t, code_mask=(keep > code_dropout).float())
