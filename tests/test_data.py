@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
+from flowmo_diffusers.assets import asset_path
 from flowmo_diffusers.data.decoding import BadImage
 from flowmo_diffusers.data.images import hold_out, load_images, stack_images
 from flowmo_diffusers.data.loading import BadImages, ShuffledImages, image_batches
@@ -163,7 +164,27 @@ def test_embedded_images(load):
     """Catches the embedded set losing a split, or needing the network."""
     found = load("emoji")
     assert {name: len(split) for name, split in found.items()} == {"train": 3018, "test": 256}
-    assert isinstance(found["train"][0], PIL.Image.Image)
+    assert isinstance(found["train"][0], PIL.Image.Image) and found["train"].labels() is not None
+
+
+def test_embedded_birds(load):
+    """Catches a rebuild of the photos that loses some, or has one in both splits."""
+    found = load("birds")
+    assert {name: len(split) for name, split in found.items()} == {"train": 819, "test": 100}
+    photos = [source[number].tobytes() for source in found.values() for number in range(len(source))]
+    assert {len(photo) for photo in photos} == {120 * 120 * 3} and len(set(photos)) == 919
+    credits = asset_path("birds", "ATTRIBUTION.md").read_text(encoding="utf-8")
+    assert "CC BY 2.0" in credits and credits.count('\n- "') == 919
+
+
+def test_embedded_sets_together(load):
+    """Catches a joint set that has other images or proportions than its parts, or labels of one for all."""
+    both, emoji, birds = load("emoji+birds"), load("emoji"), load("birds")
+    assert len(both["train"]) == 3018 + 3 * 819 and len(both["test"]) == 256 + 100
+    for number, part in ((17, emoji["train"][17]), (3018, birds["train"][0]), (3018 + 819 + 5, birds["train"][5])):
+        assert both["train"][number].tobytes() == part.tobytes()
+    assert both["test"][256].tobytes() == birds["test"][0].tobytes()
+    assert both["train"].labels() is None
 
 
 def test_source_errors(tmp_path, load):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from flowmo_diffusers import FlowMoPipeline
 from flowmo_diffusers.engine.seeding import keyed_generator
 from flowmo_diffusers.metrics.features import FeatureNetwork
 from flowmo_diffusers.metrics.frechet import Moments, frechet_distance
+from flowmo_diffusers.metrics.manifold import precision_recall
 from flowmo_diffusers.metrics.reconstruction import psnr, ssim
 
 
@@ -107,6 +109,26 @@ def test_figures_are_those_of_the_reconstructions(tmp_path, images, tiny, capsys
     assert "rfid" not in figures and {"precision_mean", "recall_mean", "lpips_alex", "entropy_bits"} <= figures.keys()
     assert written["protocol"]["rounding"] == "nearest" and written["protocol"]["resolution"] == [32, 32]
     assert "protocol: dataset" in capsys.readouterr().out
+
+
+def test_precision_and_recall_against_another_split(tmp_path, images, tiny):
+    """Catches figures against the originals called those of the reference, or the reference's images not counted."""
+    for split, files in {"train": range(12), "test": range(6, 12)}.items():
+        (tmp_path / "set" / split).mkdir(parents=True)
+        for number in files:
+            shutil.copy(images / f"{number:02}.png", tmp_path / "set" / split)
+    figures = run(
+        tmp_path, tmp_path / "set", "--pretrained_model_name_or_path", tiny, "--sweep", "num_inference_steps=1",
+        "--metrics", "rfid", "precision_recall", "--reference_split", "test",
+    )["results"][0]["figures"]  # fmt: skip
+    pipeline = FlowMoPipeline.from_pretrained(tiny)
+    x = originals(images)
+    generators = [keyed_generator(0, "decoding", number) for number in range(12)]
+    y = pipeline(x, num_inference_steps=1, generator=generators, output_type="latent").images
+    samples = MeanColours()((((y + 1) * 127.5).round() / 127.5) - 1)["pool"]
+    for name, references in {"": x, "_test": x[6:]}.items():
+        expected = precision_recall(samples, MeanColours()(references)["pool"])
+        assert (figures[f"precision_mean{name}"], figures[f"recall_mean{name}"]) == expected
 
 
 def test_everything_is_written(tmp_path, images, tiny):
@@ -229,6 +251,10 @@ def test_presets(tmp_path, preset):
         ),
         (("--baseline", "jpeg:50", "--batch_size", "0"), "--batch_size 0 must be at least 1"),
         (("--baseline", "jpeg:50", "--metrics", "precision_recall"), "needs rfid"),
+        (
+            ("--baseline", "jpeg:50", "--reference_split", "train"),
+            "--reference_split is for --metrics precision_recall",
+        ),
         (("--baseline", "jpeg:50", "--metrics", "fid"), "invalid choice: 'fid'"),
     ],
 )

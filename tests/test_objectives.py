@@ -120,6 +120,22 @@ def test_flow_draws_statistics():
     assert (correlation - torch.eye(3)).abs().max() < 0.03
 
 
+def test_other_noise_levels():
+    """Catches levels of one kind drawn as another, and other draws that change with them."""
+    x = torch.zeros(20_000, 1, 1, 1)
+    default = FlowDraws.sample(x, generators(x))
+    logit_normal = FlowDraws.sample(x, generators(x), noise_levels="logit-normal")
+    one = FlowDraws.sample(x, generators(x), noise_levels="one")
+    assert (one.t == 1).all()
+    deviations = logit_normal.t.logit()
+    assert (deviations.mean().item(), deviations.std().item()) == pytest.approx((0, 1), abs=0.03)
+    assert (default.t == logit_normal.t).float().mean().item() == pytest.approx(0.9, abs=0.01)
+    for other in (logit_normal, one):
+        assert torch.equal(other.z, default.z) and torch.equal(other.code_mask, default.code_mask)
+    with pytest.raises(ValueError, match="noise_levels='uniform' must be one of"):
+        FlowDraws.sample(x[:1], generators(x[:1]), noise_levels="uniform")
+
+
 @pytest.mark.parametrize(("dropout", "kept"), [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)])
 def test_code_dropout(dropout, kept):
     """Catches a --code_dropout that is ignored, or that is the share of codes kept."""

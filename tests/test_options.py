@@ -89,6 +89,19 @@ def test_sections(parse):
     assert parse("output_dir: o\nlearning_rate: 5\npretrain:\n").learning_rate == 5
 
 
+def test_base(parse, tmp_path):
+    """Catches settings of a base that go before the file's own, a base looked for elsewhere, and mappings replaced."""
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "middle.yaml").write_text("base: ../first.yaml\nlearning_rate: 2\nsides: [1]\n")
+    (tmp_path / "first.yaml").write_text(
+        "output_dir: o\nlearning_rate: 1.5\nname: first\nmodel_config: {a: 1, b: 2}\nsides: [1, 2]\n"
+        "pretrain: {max_train_steps: 3}\n"
+    )
+    args = parse("base: more/middle.yaml\nmodel_config: {b: 3}\nname:\npretrain: {size: 2}\n")
+    assert (args.learning_rate, args.model_config, args.sides) == (2.0, {"a": 1, "b": 3}, [1])
+    assert (args.max_train_steps, args.size, args.name) == (3, 2, "x")
+
+
 def test_key_without_value(parse, capsys):
     """Catches an empty `output_dir:` that satisfies a required option, or replaces a number by `None`."""
     assert parse("output_dir: o\nlearning_rate:\n").learning_rate == 1.0
@@ -126,6 +139,8 @@ def test_several_values(parse):
         ("just words", "the file must be a mapping of options to values"),
         ("pretrain: 3", "pretrain must be a mapping of options to values"),
         ("a: [", "config.yaml: while parsing"),
+        ("base: config.yaml", "config.yaml is its own base"),
+        ("base: nowhere.yaml", "No such file or directory"),
     ],
 )
 def test_file_errors(parse, capsys, text, message):

@@ -108,6 +108,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how = parser.add_argument_group("protocol")
     how.add_argument("--metrics", nargs="*", choices=METRICS, default=["lpips_vgg", "lpips_alex", "rfid"],
                      help="beside PSNR and SSIM")  # fmt: skip
+    how.add_argument("--reference_split", help="also precision and recall against as many images of this split")
     add_protocol_options(how)
     add_network_options(how)
     how.add_argument("--lpips_weights", type=Path, help="local file of torchvision's VGG16 weights")
@@ -138,6 +139,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         (args.seed < 0, f"--seed {args.seed} must not be negative"),
         (len({name for name, _ in args.sweep}) < len(args.sweep), "--sweep names a setting twice"),
         ("precision_recall" in args.metrics and "rfid" not in args.metrics, "--metrics precision_recall needs rfid"),
+        (args.reference_split and "precision_recall" not in args.metrics,
+         "--reference_split is for --metrics precision_recall"),
     )  # fmt: skip
     for wrong, message in rules:
         if wrong:
@@ -240,12 +243,15 @@ def summarize(
     evaluation: ReconstructionEvaluation,
     rows: Chunks,
     originals: Chunks | None,
+    others: Chunks | None,
     transform: ImageTransform,
     args: argparse.Namespace,
 ) -> dict:
     """One row of the table."""
     bad = describe_bad(rows, args.max_bad_fraction)
     figures = evaluation.figures(rows, originals, transform.height * transform.width)
+    if others is not None:
+        figures |= evaluation.manifold_figures(rows, others, f"_{args.reference_split}")
     figures["images_per_second"] = 1 / rows.read("seconds")["seconds"].mean().item()
     if isinstance(reconstructor, FlowMoReconstructor):
         figures["forwards"] = reconstructor.pipeline.num_forwards(**reconstructor.sampling)
@@ -301,6 +307,7 @@ def main(args: argparse.Namespace) -> None:
     protocol = build_protocol(args)
     with accelerator.main_process_first():  # who fills the caches for the others
         source = build_source(args)
+        reference = build_source(args, args.reference_split) if args.reference_split else None
         found = pipelines(args, device)
         budgets = args.baseline_bytes or sorted({packed_bytes(p) for _, p in found} - {None})
         peers = baselines(args, budgets, device)
@@ -324,26 +331,25 @@ def main(args: argparse.Namespace) -> None:
     }
     if accelerator.is_main_process:
         print("protocol: " + ", ".join(f"{name} {value}" for name, value in conditions.items()), flush=True)
-    originals = None
-    if network is not None:
-        originals = image_features(
-            source,
-            transform,
-            network,
-            feature_cache(args),
-            accelerator,
-            protocol.network_rounding,
-            args.batch_size,
-            num_workers=args.dataloader_num_workers,
-            label="originals",
-        )
+    features = partial(
+        image_features,
+        transform=transform,
+        network=network,
+        cache_dir=feature_cache(args),
+        accelerator=accelerator,
+        rounding=protocol.network_rounding,
+        batch_size=args.batch_size,
+        num_workers=args.dataloader_num_workers,
+    )
+    originals = None if network is None else features(source, label="originals")
+    others = None if reference is None else features(reference, label=f"{args.reference_split} images")
     subjects = [(name, each) for name, pipeline in found for each in flowmo_reconstructors(name, pipeline, args)]
     subjects += [(peer_group(each), each) for each in peers]
     results = []
     for group, reconstructor in subjects:
         rows = measure_all(reconstructor, evaluation, source, transform, args, accelerator)
         if accelerator.is_main_process:
-            results.append(summarize(group, reconstructor, evaluation, rows, originals, transform, args))
+            results.append(summarize(group, reconstructor, evaluation, rows, originals, others, transform, args))
             report(args, conditions, results, device)
             draw(rows, reconstructor, source, transform, args.num_picture_images, picture_path(args, reconstructor))
     accelerator.wait_for_everyone()

@@ -101,9 +101,14 @@ class ReconstructionEvaluation:
             suffix = self.network.suffix
             figures["rfid" + suffix] = frechet_distance(moments(rows, "pool"), moments(originals, "pool"))
             if self.manifold:
-                both = precision_recall(rows.read("pool")["pool"], originals.read("pool")["pool"])
-                figures |= {name + suffix: value for name, value in zip(("precision", "recall"), both, strict=True)}
+                figures |= self.manifold_figures(rows, originals)
         return figures
+
+    def manifold_figures(self, rows: Chunks, references: Chunks, suffix: str = "") -> dict[str, float]:
+        """Precision and recall of the reconstructions in `rows` against images of which these are the features."""
+        both = precision_recall(rows.read("pool")["pool"], references.read("pool")["pool"])
+        suffix = self.network.suffix + suffix
+        return {name + suffix: value for name, value in zip(("precision", "recall"), both, strict=True)}
 
 
 def code_figures(rows: Chunks, group_size: int, levels: int) -> dict[str, float]:

@@ -58,11 +58,14 @@ def add_network_options(parser: argparse._ArgumentGroup) -> None:
     add("--inception_weights", type=Path, help="local file: a state dict, or StyleGAN's TorchScript archive")
 
 
-def build_source(args: argparse.Namespace) -> ImageSource:
-    """The images of `--dataset`. Raises `OSError` and `ValueError` as [`load_dataset_images`]."""
+def build_source(args: argparse.Namespace, split: str | None = None) -> ImageSource:
+    """
+    The images of `--dataset`, of another split than `--split` where one is named. Raises `OSError` and `ValueError` as
+    [`load_dataset_images`].
+    """
     return load_dataset_images(
         args.dataset,
-        args.split,
+        split or args.split,
         args.dataset_config_name,
         args.cache_dir,
         args.image_column,
