@@ -165,9 +165,9 @@ def main(args: argparse.Namespace) -> None:
     wanted = [run for run in runs.values() if not run.record.exists() and run.name in (args.runs or runs)]
     with ThreadPoolExecutor(args.jobs) as pool:
         running = {run.name: pool.submit(do, run) for run in wanted}
-    failed = [name for name, done in running.items() if done.exception() is not None]
+    failed = [f"{name} failed: {done.exception()}" for name, done in running.items() if done.exception() is not None]
     if failed:
-        sys.exit(f"failed: {', '.join(failed)}; see their logs in {args.output_dir / 'logs'}")
+        sys.exit("\n".join([*failed, f"see their logs in {args.output_dir / 'logs'}"]))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ class ReconstructionEvaluation:
             "squared_error": mean_squared_error(x, y, self.protocol.rounding),
             "truncated_error": mean_squared_error(x, y, "truncate"),
             "ssim": ssim(x, y, self.protocol.rounding),
+            "colour_error": (x - y).mean((2, 3)).square().mean(1),
         }
         if reconstruction.indices is not None:
             rows["indices"] = reconstruction.indices.int()
@@ -82,9 +83,10 @@ class ReconstructionEvaluation:
 
         Returns:
             "psnr" is the mean over images, "psnr_official" that over batches of `protocol.official_batch_size` images
-            of truncated pixels, as published; "identical_images" have no PSNR.
+            of truncated pixels, as published; "identical_images" have no PSNR. "colour_shift" is how far the mean
+            colour of an image is off, as a root mean square over images and channels, in levels of 255.
         """
-        columns = rows.read("num_bytes", "squared_error", "truncated_error", "ssim", *self.distances)
+        columns = rows.read("num_bytes", "squared_error", "truncated_error", "ssim", "colour_error", *self.distances)
         num_bytes = columns["num_bytes"].mean().item()
         psnr, identical = mean_psnr(columns["squared_error"])
         figures = {
@@ -95,6 +97,7 @@ class ReconstructionEvaluation:
             "psnr_official": psnr_over_batches(columns["truncated_error"], self.protocol.official_batch_size),
             "identical_images": identical,
             "ssim": columns["ssim"].mean().item(),
+            "colour_shift": 127.5 * columns["colour_error"].mean().sqrt().item(),
         }
         figures |= {name: columns[name].double().mean().item() for name in self.distances}
         if self.network is not None:

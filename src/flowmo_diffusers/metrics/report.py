@@ -30,6 +30,7 @@ FIGURES = {
     "ssim": (4, "↑"),
     "lpips_vgg": (4, "↓"),
     "lpips_alex": (4, "↓"),
+    "colour_shift": (2, "↓"),
     "seam_ratio": (2, "↓"),
     "precision": (3, "↑"),
     "recall": (3, "↑"),

@@ -1,0 +1,359 @@
+#!/usr/bin/env python
+"""
+Writes the tables and plots of docs/results.md from the records of training/run_study.py in docs/results. What stands
+between `<!-- name -->` and `<!-- /name -->` is replaced, the text around it stays.
+
+    python training/build_results.py
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flowmo_diffusers.engine.files import atomic_file
+from flowmo_diffusers.metrics.report import FIGURES, distortion_plot
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+SEED = "_seed1"  # a run's second seed is the run of this name more
+SHOWN = ("rfid", "psnr", "ssim", "lpips_vgg", "lpips_alex")
+
+Figures = Mapping[str, float]
+
+
+@dataclass
+class Study:
+    """
+    Args:
+        records: What training/run_study.py wrote, by the name of the run.
+    """
+
+    records: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Study":
+        return cls({path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))})
+
+    def seeds(self, run: str, **settings: float) -> list[Figures]:
+        """
+        The figures of a run and of its other seed.
+
+        Args:
+            settings: Of the sampler, where the run was measured with several; by default the model's own.
+        """
+        names = [name for name in (run, run + SEED) if name in self.records]
+        return [self._figures(name, settings) for name in names]
+
+    def _figures(self, run: str, settings: Mapping[str, float]) -> Figures:
+        results = self.records[run]["results"]
+        for result in results:
+            words = dict(re.findall(r", (\w+) ([\d.]+)", result["name"]))
+            own = {"rho": 4.0, "guidance_scale": 1.5} | settings
+            if all(float(words.get(name, value)) == value for name, value in own.items()):
+                return result["figures"]
+        raise KeyError(f"{run} was not measured with {settings}")
+
+    def mean(self, run: str, figure: str, **settings: float) -> float:
+        values = [figures[figure] for figures in self.seeds(run, **settings)]
+        return sum(values) / len(values)
+
+    def text(self, run: str, figure: str, **settings: float) -> str:
+        """The mean over seeds, and how far they are from it."""
+        digits = FIGURES[figure][0] if figure != "rfid" else 1
+        values = [figures[figure] for figures in self.seeds(run, **settings)]
+        spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+        return f"{sum(values) / len(values):.{digits}f}{spread}"
+
+    def curve(self, run: str, figure: str) -> list[tuple[int, float]]:
+        return self.records[run]["training"]["curves"][f"val/{figure}"]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def figures_table(study: Study, runs: Mapping[str, str], figures: Sequence[str] = SHOWN) -> str:
+    """A row a run, of those that are there."""
+    head = ["", *(f"{figure} {FIGURES[figure][1]}" for figure in figures)]
+    there = {run: label for run, label in runs.items() if run in study.records}
+    return table(head, [[label, *(study.text(run, figure) for figure in figures)] for run, label in there.items()])
+
+
+# The claims: what the paper says, its figures, the runs it takes to see it, ours, and whether they say the same.
+
+
+@dataclass
+class Claim:
+    text: str
+    paper: str
+    runs: Sequence[str]
+    ours: Callable[[Study], tuple[str, bool]]
+
+
+def rises(figure: str) -> bool:
+    return FIGURES[figure][1] == "↑"
+
+
+def better(figure: str, one: float, other: float) -> bool:
+    """Whether `one` is better than `other`."""
+    return one > other if rises(figure) else one < other
+
+
+def compare(before: str, after: str, expected: Mapping[str, bool]) -> Callable[[Study], tuple[str, bool]]:
+    """
+    Figures of one run and of another.
+
+    Args:
+        expected: Whether each is better after.
+    """
+
+    def ours(study: Study) -> tuple[str, bool]:
+        shown = [f"{name} {study.text(before, name)} → {study.text(after, name)}" for name in expected]
+        holds = [
+            better(name, study.mean(after, name), study.mean(before, name)) == improves
+            for name, improves in expected.items()
+        ]
+        return "; ".join(shown), all(holds)
+
+    return ours
+
+
+def chain_against_one_step(study: Study) -> tuple[str, bool]:
+    rivals = [name for name in study.records if name.startswith("one_step_")]
+    best = min(rivals, key=lambda name: study.mean(name, "rfid"))
+    chain = study.seeds("lo_1b")[0]["rfid"]  # the seed that the rivals start from
+    ours = ", ".join(f"{study.mean(name, 'rfid'):.1f}" for name in rivals)
+    return f"rfid {chain:.1f}; one step, weights 0.1, 1, 10: {ours}", chain < study.mean(best, "rfid")
+
+
+def sampler(before: Mapping[str, float], after: Mapping[str, float]) -> Callable[[Study], tuple[str, bool]]:
+    def ours(study: Study) -> tuple[str, bool]:
+        pair = [(study.text("lo_1a", "rfid", **s), study.mean("lo_1a", "rfid", **s)) for s in (before, after)]
+        return f"rfid {pair[0][0]} → {pair[1][0]}", pair[1][1] < pair[0][1]
+
+    return ours
+
+
+def widths(study: Study) -> tuple[str, bool]:
+    runs = ("width_2", "width_3", "width_4", "width_5")
+    values = [study.mean("lo_1a" if run == "width_3" else run, "rfid") for run in runs]
+    return "rfid " + ", ".join(f"{value:.1f}" for value in values), values == sorted(values, reverse=True)
+
+
+def hacking(study: Study) -> tuple[str, bool]:
+    psnr, distance = study.curve("hacked_1b", "psnr"), study.curve("hacked_1b", "lpips-alex")
+    best_step, best = max(psnr, key=lambda point: point[1])
+    text = (
+        f"LPIPS-Alex, optimised: {distance[0][1]:.4f} → {distance[-1][1]:.4f}, PSNR {psnr[0][1]:.2f} → "
+        f"{psnr[-1][1]:.2f} dB; the guard keeps step {best_step} with {best:.2f} dB"
+    )
+    return text, distance[-1][1] < distance[0][1] and psnr[-1][1] < psnr[0][1] <= best
+
+
+def manifolds(study: Study) -> tuple[str, bool]:
+    names = ("precision", "recall", "precision_train", "recall_train")
+    before, after = ([study.mean(run, name) for name in names] for run in ("lo_1a", "lo_1b"))
+    changes = zip(names, before, after, strict=True)
+    text = "; ".join(f"{name.replace('_train', ' (train)')} {a:.3f} → {b:.3f}" for name, a, b in changes)
+    return text, after[0] > before[0] and after[1] > before[1] and after[3] < before[3]
+
+
+ALL_BETTER = {"rfid": True, "psnr": True, "lpips_vgg": True}
+CLAIMS = [
+    Claim(
+        "Stage 1B improves rFID, PSNR and LPIPS together (Lo)",
+        "rFID 1.10 → 0.95, PSNR 21.38 → 22.07, LPIPS 0.134 → 0.113",
+        ("lo_1a", "lo_1b"),
+        compare("lo_1a", "lo_1b", ALL_BETTER),
+    ),
+    Claim(
+        "The same at the Hi rate",
+        "rFID 0.73 → 0.56, PSNR 24.02 → 24.93, LPIPS 0.086 → 0.073",
+        ("hi_1a", "hi_1b"),
+        compare("hi_1a", "hi_1b", ALL_BETTER),
+    ),
+    Claim(
+        "Through the chain it beats the best one-step perceptual loss at the same compute",
+        "rFID 1.28 against 1.60",
+        ("lo_1b", "one_step_0_1", "one_step_1", "one_step_10"),
+        chain_against_one_step,
+    ),
+    Claim(
+        "Without the perceptual loss rFID is ruined while PSNR rises",
+        "rFID 2.87 → 13.86, PSNR 20.71 → 22.11",
+        ("lo_1a", "no_perceptual"),
+        compare("lo_1a", "no_perceptual", {"rfid": False, "psnr": True}),
+    ),
+    Claim(
+        "Logit-normal noise without the thick tail loses PSNR and shifts colours",
+        "PSNR 20.71 → 16.45",
+        ("lo_1a", "logit_normal"),
+        compare("lo_1a", "logit_normal", {"psnr": False, "colour_shift": False}),
+    ),
+    Claim("ρ = 4 beats ρ = 1", "rFID 3.42 → 2.87", ("lo_1a",), sampler({"rho": 1.0}, {"rho": 4.0})),
+    Claim(
+        "Guidance in its interval beats none",
+        "rFID 3.28 → 2.87",
+        ("lo_1a",),
+        sampler({"guidance_scale": 1.0}, {"guidance_scale": 1.5}),
+    ),
+    Claim(
+        "FSQ instead of LFQ: better PSNR, worse rFID",
+        "rFID 2.87 → 3.14, PSNR 20.71 → 21.31",
+        ("lo_1a", "fsq"),
+        compare("lo_1a", "fsq", {"rfid": False, "psnr": True}),
+    ),
+    Claim(
+        "A doubled patch is worse",
+        "rFID 2.87 → 6.39, PSNR 20.71 → 19.94, LPIPS 0.15 → 0.17",
+        ("lo_1a", "patch_4"),
+        compare("lo_1a", "patch_4", dict.fromkeys(ALL_BETTER, False)),
+    ),
+    Claim(
+        "An encoder trained with MSE first: better PSNR, worse rFID",
+        "rFID 2.87 → 3.82, PSNR 20.71 → 21.40",
+        ("lo_1a", "mse_first"),
+        compare("lo_1a", "mse_first", {"rfid": False, "psnr": True}),
+    ),
+    Claim(
+        "Wider is better, at widths of 2, 3, 4 and 5",
+        "rFID 7.77, 5.31, 4.45, 3.84",
+        ("lo_1a", "width_2", "width_4", "width_5"),
+        widths,
+    ),
+    Claim(
+        "A continuous latent is better than a discrete one",
+        "rFID 0.95 → 0.65, PSNR 22.07 → 26.61",
+        ("lo_1a", "continuous"),
+        compare("lo_1a", "continuous", {"rfid": True, "psnr": True}),
+    ),
+    Claim(
+        "A large sample weight hacks the reward, and the guard catches it",
+        "told without figures",
+        ("hacked_1b",),
+        hacking,
+    ),
+    Claim(
+        "Mode seeking: against the originals precision and recall rise, against the training set recall falls",
+        "0.974 / 0.988 → 0.993 / 0.991; 0.734 / 0.660 → 0.766 / 0.634",
+        ("lo_1a", "lo_1b"),
+        manifolds,
+    ),
+]
+
+
+def claims_table(study: Study) -> str:
+    rows = []
+    for number, claim in enumerate(CLAIMS, 1):
+        missing = [run for run in claim.runs if run not in study.records]
+        ours, holds = ("not run yet", "") if missing else claim.ours(study)
+        rows.append([str(number), claim.text, claim.paper, ours, {True: "yes", False: "**no**"}.get(holds, "")])
+    return "\n".join(
+        ["| | claim | paper | here | holds |", "|---:|---|---|---|---|", *("| " + " | ".join(r) + " |" for r in rows)]
+    )
+
+
+ABLATIONS = {
+    "lo_1a": "stage 1A, Lo",
+    "patch_4": "patch of 4",
+    "mse_first": "encoder with MSE first",
+    "no_perceptual": "no perceptual loss",
+    "fsq": "FSQ",
+    "logit_normal": "logit-normal noise",
+    "continuous": "continuous latent",
+    "width_2": "width 2",
+    "width_4": "width 4",
+    "width_5": "width 5",
+}
+STAGES = {
+    "lo_1a": "Lo after 1A",
+    "lo_1b": "Lo after 1B",
+    "one_step_0_1": "one step, weight 0.1",
+    "one_step_1": "one step, weight 1",
+    "one_step_10": "one step, weight 10",
+    "hi_1a": "Hi after 1A",
+    "hi_1b": "Hi after 1B",
+}
+PEERS = {
+    "lo_1b": "FlowMo-Lo",
+    "vq_lo": "VQModel",
+    "vq_lo_lpips": "VQModel, LPIPS",
+    "hi_1b": "FlowMo-Hi",
+    "vq_hi": "VQModel",
+    "vq_hi_lpips": "VQModel, LPIPS",
+}
+
+
+def peers_rows(study: Study) -> list[dict[str, Any]]:
+    """All of both rates: name, group and figures, those of other seeds left out."""
+    rows = []
+    for run, label in PEERS.items():
+        for result in study.records[run]["results"] if run in study.records else ():
+            codec = re.match(r"(jpeg|webp), \d+ bytes", result["name"])
+            name = codec[1] if codec else label
+            group = re.sub("-Lo|-Hi", "", name)
+            rows.append({"name": name, "group": group, "figures": result["figures"]})
+    return sorted(rows, key=lambda row: round(row["figures"]["bits_per_pixel"]))
+
+
+def peers_table(study: Study) -> str:
+    figures = ("bits_per_pixel", *SHOWN)
+    rows = [
+        [row["name"], *(f"{row['figures'][name]:.{FIGURES[name][0] if name != 'rfid' else 1}f}" for name in figures)]
+        for row in peers_rows(study)
+    ]
+    return table(["", *(f"{name.replace('_', ' ')} {FIGURES[name][1]}".strip() for name in figures)], rows)
+
+
+def costs_table(study: Study) -> str:
+    """What each training took."""
+    rows = []
+    for name, record in study.records.items():
+        training, config = record["training"], record["config"]
+        images = training["steps"] * config["train_batch_size"]
+        minutes = images / training["images_per_second"] / 60
+        rows.append([f"`{name}`", str(training["steps"]), f"{training['images_per_second']:.0f}", f"{minutes:.0f}"])
+    return table(["run", "steps", "images/s", "minutes"], rows)
+
+
+BLOCKS: dict[str, Callable[[Study], str]] = {
+    "claims": claims_table,
+    "stages": lambda study: figures_table(study, STAGES),
+    "ablations": lambda study: figures_table(study, ABLATIONS),
+    "peers": peers_table,
+    "costs": costs_table,
+}
+
+
+def fill(page: str, study: Study) -> str:
+    """The page with every block made anew. Raises `ValueError` if one is missing."""
+    for name, block in BLOCKS.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(page):
+            raise ValueError(f"the page has no block <!-- {name} --> ... <!-- /{name} -->")
+        content = block(study)
+        page = pattern.sub(lambda match, content=content: f"{match[1]}\n{content}\n\n{match[2]}", page)
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results_dir", type=Path, default=DOCS / "results")
+    parser.add_argument("--page", type=Path, default=DOCS / "results.md")
+    parser.add_argument("--plot", type=Path, default=DOCS / "images" / "study_peers.png")
+    args = parser.parse_args()
+    study = Study.read(args.results_dir)
+    page = fill(args.page.read_text(), study)
+    with atomic_file(args.page) as path:
+        path.write_text(page)
+    if peers := peers_rows(study):
+        distortion_plot(peers, args.plot)
+
+
+if __name__ == "__main__":
+    main()
