@@ -20,7 +20,7 @@ STUDY = ROOT / "training" / "configs" / "study"
 TINY = {
     "sample_size": 8, "patch_size": 4, "num_latent_tokens": 4, "latent_channels": 4, "codebook_bits": 2,
     "encoder_num_layers": 1, "decoder_num_layers": 1, "encoder_hidden_size": 16, "decoder_hidden_size": 16,
-    "num_attention_heads": 1,
+    "num_attention_heads": 1, "rope_axes": [4, 6, 6],
 }  # fmt: skip
 
 
