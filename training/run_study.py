@@ -39,7 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dataset", type=Path, required=True, help="CIFAR-10 as parquet files with splits train and test")
     add("--output_dir", type=Path, default=Path("study"), help="where weights, checkpoints and logs are kept")
     add("--results_dir", type=Path, default=HERE.parent / "docs" / "results", help="where finished runs are recorded")
-    add("--runs", nargs="+", help="only these, and what they start from; default: all")
+    add("--runs", nargs="+", help="only these, in this order, and what they start from; default: all")
     add("--jobs", type=int, default=1, help="runs at the same time, which share the CPU's cores")
     add("--inception_weights", type=Path, help="local file, see evaluate_reconstruction.py")
     add("--lpips_weights", type=Path, help="local file, see evaluate_reconstruction.py")
@@ -129,7 +129,7 @@ class Run:
         print(f"{self.name}: {what}, see {log}", flush=True)
         with log.open("a") as file:
             command = [sys.executable, str(HERE / script), *map(str, options)]
-            environ = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            environ = {"OMP_NUM_THREADS": str(threads)} | os.environ
             subprocess.run(command, check=True, env=environ, stdout=file, stderr=subprocess.STDOUT)
 
 
@@ -162,7 +162,7 @@ def main(args: argparse.Namespace) -> None:
         run.write()
         print(f"{run.name}: done", flush=True)
 
-    wanted = [run for run in runs.values() if not run.record.exists() and run.name in (args.runs or runs)]
+    wanted = [runs[name] for name in args.runs or runs if not runs[name].record.exists()]
     with ThreadPoolExecutor(args.jobs) as pool:
         running = {run.name: pool.submit(do, run) for run in wanted}
     failed = [f"{name} failed: {done.exception()}" for name, done in running.items() if done.exception() is not None]
