@@ -603,6 +603,10 @@ def test_round_trip_through_a_folder(tiny_pipeline, tmp_path):
     assert {k: v for k, v in loaded.autoencoder.config.items() if k[0] != "_"} == {
         k: v for k, v in tiny_pipeline.autoencoder.config.items() if k[0] != "_"
     }
+    loaded.save_pretrained(tmp_path / "again")
+    for config in (tmp_path / "again").rglob("*.json"):
+        assert str(tmp_path) not in config.read_text(), "says where it was loaded from"
+    shutil.rmtree(tmp_path / "again")
     assert weight_files(tmp_path) == ["diffusion_pytorch_model.safetensors"]
     assert (
         load_file(tmp_path / "autoencoder" / "diffusion_pytorch_model.safetensors").keys()

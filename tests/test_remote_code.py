@@ -16,13 +16,14 @@ import torch
 from diffusers import DDIMScheduler
 from hub_stand_in import UPLOAD, Client, HubStandIn
 from huggingface_hub import ModelCard
+from runs import short_run
 from safetensors.torch import load_file
 from token_models import build_generator
 
 from flowmo_diffusers import FlowMoGenerationPipeline, FlowMoPipeline, FlowMoTokenScheduler
 from flowmo_diffusers.assets import asset_path
 from flowmo_diffusers.hub import remote_code, single_file
-from flowmo_diffusers.hub.cards import TrainingRun, write_model_card
+from flowmo_diffusers.hub.cards import write_model_card
 from flowmo_diffusers.hub.remote_code import export_remote_code
 from flowmo_diffusers.models.attention_by_products import OPERATOR
 
@@ -241,22 +242,7 @@ def test_command_with_card(tmp_path, tiny_pipeline):
     PIL.Image.new("RGB", (8, 8)).save(folder / "some birds.png")
     (folder / "metrics.json").write_text("{}")
     (folder / "diary.txt").touch()
-    run = TrainingRun(
-        stage="pretrain",
-        dataset="anna/photos",
-        resolution=16,
-        steps=1,
-        images_seen=1,
-        train_images=1,
-        held_out_images=1,
-        num_inference_steps=1,
-        figures={"psnr": 20.0},
-        options={},
-        command=["train_flowmo.py"],
-        device="CPU",
-        num_processes=1,
-        seconds=1,
-    )
+    run = short_run("anna/photos")
     write_model_card(folder, tiny_pipeline, run, [folder / "some birds.png"], 'anna/"birds"', "mit")
     remote_code.main([str(folder), str(tmp_path / "with code")])
     written = {path.relative_to(tmp_path / "with code").as_posix() for path in files(tmp_path / "with code")}

@@ -10,8 +10,9 @@ import hf_xet
 import PIL.Image
 import pytest
 from hub_stand_in import READ_TOKEN, UPLOAD, WRITE_TOKEN, Client, HubStandIn
+from runs import short_run
 
-from flowmo_diffusers.hub.cards import TrainingRun, write_model_card
+from flowmo_diffusers.hub.cards import write_model_card
 from flowmo_diffusers.hub.upload import push_folder
 
 
@@ -56,22 +57,7 @@ def folder(tmp_path, tiny_pipeline) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(name.encode() * 1000)
     PIL.Image.effect_noise((9, 9), 60).convert("RGB").save(tmp_path / "photo.jpg")
-    run = TrainingRun(
-        stage="pretrain",
-        dataset="emoji",
-        resolution=16,
-        steps=1,
-        images_seen=1,
-        train_images=1,
-        held_out_images=1,
-        num_inference_steps=1,
-        figures={"psnr": 20.0},
-        options={},
-        command=["train_flowmo.py"],
-        device="CPU",
-        num_processes=1,
-        seconds=1,
-    )
+    run = short_run("emoji")
     write_model_card(folder, tiny_pipeline, run, [folder / "validation/last 1.png"], "anna/birds", "mit")
     return folder
 

@@ -60,9 +60,6 @@ def export_remote_code(
         stand_ins = [_stand_in(type(component)) for component in pipeline.components.values()]
         index["_class_name"] = _write_code(type(pipeline), temporary, {one.alias: one for one in stand_ins})
         _write_json(temporary / "model_index.json", index)
-        for config in temporary.rglob("*.json"):
-            # Where the pipeline was loaded from says something of this machine, and nothing of the pipeline.
-            _write_json(config, {key: value for key, value in _read_json(config).items() if key != "_name_or_path"})
         if card_from is not None:
             _copy_card(Path(card_from), temporary, repo_id or folder.absolute().name)
 

@@ -1,5 +1,6 @@
-"""What this library's models and pipelines refuse to load."""
+"""What this library's models and pipelines refuse to load, and what they keep to themselves."""
 
+import json
 import os
 from typing import Any
 
@@ -18,6 +19,15 @@ class OwnCheckpointsOnly:
         if name not in (base.__name__ for base in cls.__mro__):
             raise ValueError(f"this is the checkpoint of a {name}, not of a {cls.__name__}")
         return super().extract_init_dict(config_dict, **kwargs)
+
+    def to_json_string(self) -> str:
+        """
+        As diffusers has it, without where this was loaded from: in a file that may be published, a path says something
+        of a machine and nothing of a model.
+        """
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 class WholeCheckpointsOnly(OwnCheckpointsOnly):
