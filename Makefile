@@ -2,6 +2,7 @@
 # make test    the whole test suite
 # make docs    the documentation as a site, in site/
 # make quality formatting and lint
+# make audit   known vulnerabilities of the pinned versions; needs the network
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_DIR ?= demo
@@ -9,7 +10,7 @@ SITE_DIR ?= site
 BIN = $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test docs quality install clean
+.PHONY: demo test docs quality audit install clean
 
 install: $(VENV)/.installed
 
@@ -35,5 +36,11 @@ quality: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# In an environment of its own: it is no dependency.
+audit:
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet pip-audit
+	$(VENV)-audit/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt
+
 clean:
-	rm -rf $(VENV) $(DEMO_DIR) $(SITE_DIR) docs/api/generated build *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(VENV)-audit $(DEMO_DIR) $(SITE_DIR) docs/api/generated build *.egg-info src/*.egg-info

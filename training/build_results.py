@@ -341,12 +341,15 @@ def fill(page: str, study: Study) -> str:
     return page
 
 
-def main() -> None:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results_dir", type=Path, default=DOCS / "results")
     parser.add_argument("--page", type=Path, default=DOCS / "results.md")
     parser.add_argument("--plot", type=Path, default=DOCS / "images" / "study_peers.png")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
     study = Study.read(args.results_dir)
     page = fill(args.page.read_text(), study)
     with atomic_file(args.page) as path:
@@ -356,4 +359,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())
