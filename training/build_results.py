@@ -310,6 +310,21 @@ def peers_table(study: Study) -> str:
     return table(["", *(f"{name.replace('_', ' ')} {FIGURES[name][1]}".strip() for name in figures)], rows)
 
 
+def generator_table(study: Study) -> str:
+    """A row a training and number of steps."""
+    rows = []
+    runs = [record for record in study.records.values() if record["kind"] == "generator"]
+    for record in sorted(runs, key=lambda record: record["training"]["steps"]):
+        training = record["training"]
+        minutes = training["steps"] * record["config"]["train_batch_size"] / training["images_per_second"] / 60
+        for result in record["results"]:
+            figures = result["figures"]
+            shown = (f"{figures['fid']:.1f}", f"{figures['precision']:.3f}", f"{figures['recall']:.3f}")
+            steps = str(int(result["name"].partition("_")[0]))
+            rows.append([str(training["steps"]), f"{minutes:.0f}", steps, *shown])
+    return table(["training steps", "minutes", "sampling steps", "FID ↓", "precision ↑", "recall ↑"], rows)
+
+
 def costs_table(study: Study) -> str:
     """What each training took."""
     rows = []
@@ -326,6 +341,7 @@ BLOCKS: dict[str, Callable[[Study], str]] = {
     "stages": lambda study: figures_table(study, STAGES),
     "ablations": lambda study: figures_table(study, ABLATIONS),
     "peers": peers_table,
+    "generator": generator_table,
     "costs": costs_table,
 }
 

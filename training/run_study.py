@@ -29,8 +29,8 @@ from flowmo_diffusers.metrics.report import environment, write_json
 
 HERE = Path(__file__).parent
 CONFIGS = HERE / "configs" / "study"
-# Kinds of runs, which are folders of configurations: the script that trains one, and whose results it writes.
-SCRIPTS = {"tokenizer": "train_flowmo.py", "peers": "train_vqmodel.py"}
+# How many images of each split become tokens for a generator.
+TOKENS = {"train": 20_000, "test": 512}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -61,67 +61,69 @@ class Run:
         args: Of this script.
     """
 
+    script = "train_flowmo.py"
+    start_option = "pretrained_model_name_or_path"  # names the run that this one needs
+    subject = "--pretrained_model_name_or_path"  # how the evaluation takes the result
+
     def __init__(self, path: Path, args: argparse.Namespace):
         self.path, self.args = path, args
         self.name = path.stem
         self.config = read_config_file(path)
-        start = self.config.get("pretrained_model_name_or_path")
+        start = self.config.get(self.start_option)
         self.start = None if start is None else Path(start).name
         self.folder = args.output_dir / "runs" / self.name
+        self.evaluation = args.output_dir / "evaluations" / self.name
         self.record = args.results_dir / f"{self.name}.json"
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def train(self, runs: dict[str, "Run"], threads: int) -> None:
         """Unless it is done; first of all what it starts from."""
-        start = []
+        start = ()
         if self.start is not None:
             runs[self.start].train(runs, threads)
-            start = ["--pretrained_model_name_or_path", runs[self.start].folder]
-        with self._lock:
+            start = (f"--{self.start_option}", runs[self.start].folder)
+        with self.lock:
             if not (self.folder / "metrics.json").exists():
-                self._call(
-                    SCRIPTS[self.path.parent.name],
-                    "train",
-                    threads,
-                    *("--config", self.path, "--train_data_dir", self.args.dataset, "--output_dir", self.folder),
-                    *("--report_to", "tensorboard", "--resume_from_checkpoint", "latest", *start),
-                )
+                data = self._data(runs, threads)
+                common = ("--report_to", "tensorboard", "--resume_from_checkpoint", "latest")
+                options = ("--config", self.path, *data, *start, "--output_dir", self.folder, *common)
+                self._call(self.script, "train", threads, *options)
+
+    def _data(self, runs: dict[str, "Run"], threads: int) -> Sequence[str | Path]:
+        """Options of what it is trained on."""
+        return "--train_data_dir", self.args.dataset
 
     def evaluate(self, threads: int) -> None:
         own = CONFIGS / "evaluation" / f"{self.name}.yaml"
         config = own if own.exists() else CONFIGS / "evaluation" / "all.yaml"
-        subject = "--baseline" if self.path.parent.name == "peers" else "--pretrained_model_name_or_path"
-        weights = {name: getattr(self.args, name) for name in ("inception_weights", "lpips_weights")}
-        given = [part for name, path in weights.items() if path is not None for part in (f"--{name}", path)]
+        options = ("--config", config, "--dataset", self.args.dataset, self.subject, self.folder)
+        weights = self._weights("inception_weights", "lpips_weights")
         self._call(
-            "evaluate_reconstruction.py",
-            "evaluate",
-            threads,
-            *("--config", config, "--dataset", self.args.dataset, subject, self.folder),
-            *("--output_dir", self._evaluation, *given),
+            "evaluate_reconstruction.py", "evaluate", threads, *options, "--output_dir", self.evaluation, *weights
         )
 
-    @property
-    def _evaluation(self) -> Path:
-        return self.args.output_dir / "evaluations" / self.name
+    def results(self) -> list[dict[str, Any]]:
+        """Names of settings and what they reached."""
+        found = read_json(self.evaluation / "metrics.json")["results"]
+        return [{"name": result["name"], "figures": result["figures"]} for result in found]
 
     def write(self) -> None:
         """The record: what was run, its course, what it reached."""
-        evaluation = read_json(self._evaluation / "metrics.json")
-        write_json(
-            self.record,
-            {
-                "run": self.name,
-                "kind": self.path.parent.name,
-                "config": self.config,
-                "training": {**read_json(self.folder / "metrics.json"), **course(self.folder / "logs")},
-                "results": [
-                    {"name": result["name"], "figures": result["figures"]} for result in evaluation["results"]
-                ],
-                "cpus": os.cpu_count(),
-                "environment": environment(torch.device("cpu")),
-            },
-        )
+        record = {
+            "run": self.name,
+            "kind": self.path.parent.name,
+            "config": self.config,
+            "training": {**read_json(self.folder / "metrics.json"), **course(self.folder / "logs")},
+            "results": self.results(),
+            "cpus": os.cpu_count(),
+            "environment": environment(torch.device("cpu")),
+        }
+        write_json(self.record, record)
+
+    def _weights(self, *names: str) -> list[str | Path]:
+        """Those of these options that were given."""
+        given = {name: getattr(self.args, name) for name in names}
+        return [part for name, path in given.items() if path is not None for part in (f"--{name}", path)]
 
     def _call(self, script: str, what: str, threads: int, *options: str | Path) -> None:
         log = self.args.output_dir / "logs" / f"{self.name}-{what}.log"
@@ -131,6 +133,46 @@ class Run:
             command = [sys.executable, str(HERE / script), *map(str, options)]
             environ = {"OMP_NUM_THREADS": str(threads)} | os.environ
             subprocess.run(command, check=True, env=environ, stdout=file, stderr=subprocess.STDOUT)
+
+
+class PeerRun(Run):
+    """An autoencoder of diffusers."""
+
+    script = "train_vqmodel.py"
+    subject = "--baseline"
+
+
+class GeneratorRun(Run):
+    """A generator on the tokens of a tokenizer of the study, measured at each number of steps."""
+
+    script = "train_generator.py"
+    start_option = "tokenizer"
+
+    def _data(self, runs: dict[str, Run], threads: int) -> Sequence[str | Path]:
+        tokenizer = runs[self.start]
+        tokens = self.args.output_dir / "tokens" / tokenizer.name
+        with tokenizer.lock:  # generators on the same tokens wait for each other here
+            for split, count in TOKENS.items():
+                if not (tokens / f"tokens-{split}.json").exists():
+                    source = ("--dataset", self.args.dataset, "--split", split, "--num_images", str(count))
+                    subject = ("--pretrained_model_name_or_path", tokenizer.folder)
+                    self._call("tokenize_images.py", "tokens", threads, *subject, *source, "--output_dir", tokens)
+        return "--train_tokens_dir", tokens
+
+    def evaluate(self, threads: int) -> None:
+        for config in sorted((CONFIGS / "evaluation" / "generator").glob("*.yaml")):
+            options = ("--config", config, "--reference", self.args.dataset, self.subject, self.folder)
+            out = ("--output_dir", self.evaluation / config.stem)
+            weights = self._weights("inception_weights")
+            self._call("evaluate_generation.py", f"evaluate-{config.stem}", threads, *options, *out, *weights)
+
+    def results(self) -> list[dict[str, Any]]:
+        folders = sorted(path.parent for path in self.evaluation.glob("*/metrics.json"))
+        return [{"name": each.name, "figures": read_json(each / "metrics.json")["figures"]} for each in folders]
+
+
+# By the folder of their configurations.
+KINDS = {"tokenizer": Run, "peers": PeerRun, "generator": GeneratorRun}
 
 
 def read_json(path: Path) -> Any:
@@ -148,8 +190,8 @@ def course(logs: Path) -> dict[str, Any]:
 
 def all_runs(args: argparse.Namespace) -> list[Run]:
     """In the order of their dependence: what others start from comes first."""
-    paths = [path for kind in SCRIPTS for path in sorted((CONFIGS / kind).glob("*.yaml"))]
-    return sorted((Run(path, args) for path in paths), key=lambda run: run.start is not None)
+    found = [kind(path, args) for folder, kind in KINDS.items() for path in sorted((CONFIGS / folder).glob("*.yaml"))]
+    return sorted(found, key=lambda run: run.start is not None)
 
 
 def main(args: argparse.Namespace) -> None:
