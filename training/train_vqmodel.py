@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """
-Trains a peer of FlowMo: diffusers' `VQModel`, on the same engine, by the losses that diffusers has for it (squared error
-and those of the codebook, with or without LPIPS; no adversarial loss).
+Trains a peer of FlowMo: diffusers' `VQModel`, on the same engine, by what diffusers has of its losses: squared error and
+those of the codebook, with or without LPIPS. There is no adversarial loss.
 
     accelerate launch training/train_vqmodel.py --config training/configs/study/peers/vq_lo.yaml \
         --train_data_dir my_images --output_dir my_vqmodel
@@ -10,6 +10,7 @@ The output folder is what `VQModel.from_pretrained` loads, and `evaluate_reconst
 """
 
 import argparse
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -97,15 +98,20 @@ def read_model_config(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: If a field is unknown, or the model is not for such images.
     """
     given = {name: value for name, value in read_config(args.model_config).items() if name[0] != "_"}
-    if unknown := sorted(given.keys() - VQModel._get_init_keys(VQModel)):
+    if unknown := sorted(given.keys() - inspect.signature(VQModel).parameters.keys()):
         raise ValueError(f"--model_config: VQModel has no fields {unknown}")
     with torch.device("meta"):
-        model = VQModel(**given)
-    config = config_entries(model)
+        config = config_entries(VQModel(**given))
+    levels = len(config["block_out_channels"])
+    for name in ("down_block_types", "up_block_types"):
+        if len(config[name]) != levels:
+            raise ValueError(f"--model_config: {name} has {len(config[name])} entries, block_out_channels {levels}")
     if (config["in_channels"], config["out_channels"]) != (3, 3):
         raise ValueError("--model_config: in_channels and out_channels must be 3, those of images")
     if config["lookup_from_codebook"]:
-        raise ValueError("--model_config: lookup_from_codebook marks models of images in [0, 1]; here they are [-1, 1]")
+        raise ValueError(
+            "--model_config: lookup_from_codebook marks models of images in [0, 1]; here they are [-1, 1]"
+        )
     return config
 
 
@@ -137,7 +143,9 @@ class VQModelTraining(ImageTask):
         }
         for name, network in networks.items():
             if originals.shape[-1] < network.min_size:
-                raise ValueError(f"--resolution {originals.shape[-1]}: {name} needs at least {network.min_size} pixels")
+                raise ValueError(
+                    f"--resolution {originals.shape[-1]}: {name} needs at least {network.min_size} pixels"
+                )
         self.perceptual: PerceptualDistance | None = networks.get(args.perceptual)
         self.validation = PeerValidation(accelerator, originals, networks, args.train_batch_size)
         self.flops = vqmodel_training_flops(model.config, *originals.shape[-2:])

@@ -49,7 +49,7 @@ def data_rules(args: argparse.Namespace) -> tuple[tuple[Any, str], ...]:
 
 
 def reader_facts(args: argparse.Namespace, num_processes: int) -> dict[str, Any]:
-    """What decides the course of a run beside the options: readers share the shards of a stream, images of all else."""
+    """What decides the course of a run beside the options: readers share a stream's shards, but images of all else."""
     if not args.streaming:
         return {}
     return {"num_processes": num_processes, "dataloader_num_workers": args.dataloader_num_workers}

@@ -110,9 +110,7 @@ class Validation(ImageValidation):
         self, tokenizer: FlowMoPipeline, x: torch.Tensor, numbers: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         generators = [keyed_generator(self.seed, "validation", number) for number in numbers]
-        output = tokenizer(
-            x, num_inference_steps=self.num_inference_steps, generator=generators, output_type="latent"
-        )
+        output = tokenizer(x, num_inference_steps=self.num_inference_steps, generator=generators, output_type="latent")
         return output.images, output.indices
 
     def code_figures(self, tokenizer: FlowMoPipeline, indices: torch.Tensor) -> dict[str, float]:

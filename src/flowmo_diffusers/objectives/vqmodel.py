@@ -17,7 +17,7 @@ def vqmodel_loss(
 
     The two terms of the codebook are those that the model returns, with its weights: diffusers' `VQModel` has the
     quantizer's `legacy` form, in which the 0.25 is at the codes and not, as in the paper, at the encoder. There is no
-    adversarial loss, which diffusers has no network for.
+    adversarial loss: diffusers, the package, has no discriminator.
 
     Args:
         model: A `diffusers.VQModel` in training mode, wrapped or not.
