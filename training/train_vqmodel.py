@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """
-Trains a peer of FlowMo: diffusers' `VQModel`, on the same engine, by what diffusers has of its losses: squared error and
-those of the codebook, with or without LPIPS. There is no adversarial loss.
+Trains a peer of FlowMo: diffusers' `VQModel`, on the same engine, by what diffusers has of its losses: squared error
+and those of the codebook, with or without LPIPS. There is no adversarial loss.
 
     accelerate launch training/train_vqmodel.py --config training/configs/study/peers/vq_lo.yaml \
         --train_data_dir my_images --output_dir my_vqmodel
