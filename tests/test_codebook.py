@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flowmo_diffusers.metrics.codebook import codebook_health
+from flowmo_diffusers.metrics.codebook import codebook_health, codebook_use
 from flowmo_diffusers.models.quantizers import build_quantizer
 
 
@@ -96,3 +96,12 @@ def test_wrong_indices_are_refused(indices, message):
     """Catches figures of indices that belong to another quantizer."""
     with pytest.raises(ValueError, match=message):
         codebook_health(indices, 3)
+
+
+def test_any_codebook_has_a_use():
+    """Catches a size that is taken for a power of two, or bits said of codes whose numbering means nothing."""
+    indices = torch.tensor([0, 0, 9, 9]).reshape(1, 4, 1).repeat(5, 1, 1)
+    use = codebook_use(indices, 10)
+    assert use == {"used_codes": 2.0, "usable_codes": 10.0, "entropy_bits": 1.0, "max_entropy_bits": math.log2(10)}
+    with pytest.raises(ValueError, match=r"10 codes lie in \[0, 10\)"):
+        codebook_use(indices + 1, 10)

@@ -13,9 +13,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, VQModel
 from processes import forget_accelerators, on_processes
 from scripts import load_script
+from vqmodels import TINY_VQMODEL
 
 from flowmo_diffusers import FlowMoPipeline
 from flowmo_diffusers.engine.seeding import keyed_generator
@@ -145,7 +146,7 @@ def test_everything_is_written(tmp_path, images, tiny):
         "| tiny",
         "| jpeg, 150 bytes",
         "| webp, quality 40",
-        f"| {tmp_path / 'taesd'}",
+        "| taesd",
     ]
     assert table[0].startswith(
         "| | images | bits_per_pixel | bytes_per_image | rfid_mean ↓ | psnr ↑ | psnr_official ↑"
@@ -155,6 +156,26 @@ def test_everything_is_written(tmp_path, images, tiny):
     with PIL.Image.open(tmp_path / "out" / "pictures" / "tiny.png") as picture:
         assert picture.size == (6 + 3 * (96 + 6), 6 + 6 * (24 + 96 + 6))
     assert (tmp_path / "out" / "rate_distortion.png").is_file()
+
+
+def test_a_peer_of_ones_own(tmp_path, images, tiny):
+    """Catches a VQModel's folder under another name than a pipeline's would have, bits that are not those of its
+    indices, or a collapsed codebook that nothing tells of."""
+    for folder in ("a", "b"):
+        model = VQModel(**TINY_VQMODEL)
+        torch.nn.init.constant_(model.quantize.embedding.weight, 1.0)
+        model.quantize.embedding.weight.data[0] = 0.0
+        model.save_pretrained(tmp_path / folder / "vq")
+    words = ("--pretrained_model_name_or_path", tiny, "--metrics", "--baseline")
+    (ours, peer) = run(tmp_path, images, *words, tmp_path / "a" / "vq")["results"]
+    assert (ours["name"], peer["name"], peer["group"]) == ("tiny", "vq", "vq")
+    figures = peer["figures"]
+    assert figures["bits_per_pixel"] == 16 * 16 * 3 / 32**2 and figures["bytes_per_image"] == 96
+    assert figures["used_codes"] <= 2 and figures["usable_codes"] == 8 and figures["max_entropy_bits"] == 3
+    assert "dead_bits" in ours["figures"] and "dead_bits" not in figures
+    named_alike = [str(tmp_path / folder / "vq") for folder in ("a", "b")]
+    results = run(tmp_path, images, "--metrics", "--baseline", *named_alike)["results"]
+    assert [result["name"] for result in results] == named_alike
 
 
 def test_worse_quality_is_worse(tmp_path, images):

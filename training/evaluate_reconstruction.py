@@ -147,12 +147,19 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(message)
 
 
+def row_names(args: argparse.Namespace) -> dict[str, str]:
+    """What is evaluated by name: of a folder the last part of its path, or all of it where that is not enough."""
+    words = [*args.pretrained_model_name_or_path, *args.baseline]
+    short = {word: Path(word).resolve().name if Path(word).is_dir() else word for word in words}
+    return short if len(set(short.values())) == len(words) else dict(zip(words, words, strict=True))
+
+
 def pipelines(args: argparse.Namespace, device: torch.device) -> list[tuple[str, FlowMoPipeline]]:
-    """All pipelines by name: the last part of their path, or all of it where that is not enough."""
-    paths = args.pretrained_model_name_or_path
-    short = [Path(path).resolve().name if Path(path).is_dir() else path for path in paths]
-    names = short if len(set(short)) == len(paths) else paths
-    return [(name, load_pipeline(path, DTYPES[args.dtype], device)) for name, path in zip(names, paths, strict=True)]
+    """All pipelines by name."""
+    names = row_names(args)
+    return [
+        (names[path], load_pipeline(path, DTYPES[args.dtype], device)) for path in args.pretrained_model_name_or_path
+    ]
 
 
 def load_pipeline(path: str, dtype: torch.dtype, device: torch.device) -> FlowMoPipeline:
@@ -192,8 +199,9 @@ def packed_bytes(pipeline: FlowMoPipeline) -> int | None:
 
 def baselines(args: argparse.Namespace, budgets: Sequence[int], device: torch.device) -> list[Reconstructor]:
     """A codec without a quality is there once for each number of bytes."""
+    names = row_names(args)
     return [
-        load_baseline(word, num_bytes, device, DTYPES[args.dtype])
+        load_baseline(word, num_bytes, device, DTYPES[args.dtype], names[word])
         for word in args.baseline
         for num_bytes in (budgets if word in CODECS else (None,))
     ]
@@ -255,9 +263,7 @@ def summarize(
     figures["images_per_second"] = 1 / rows.read("seconds")["seconds"].mean().item()
     if isinstance(reconstructor, FlowMoReconstructor):
         figures["forwards"] = reconstructor.pipeline.num_forwards(**reconstructor.sampling)
-        quantizer = reconstructor.pipeline.autoencoder.quantize
-        if quantizer.is_discrete:
-            figures |= code_figures(rows, quantizer.group_size, quantizer.levels)
+    figures |= code_figures(rows, reconstructor)
     return {
         "name": reconstructor.name,
         "group": group,

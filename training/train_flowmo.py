@@ -11,7 +11,7 @@ The output folder is what `FlowMoPipeline.from_pretrained` loads.
 
 import argparse
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,21 @@ from typing import Any
 import PIL.Image
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers.utils.torch_utils import randn_tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from flowmo_diffusers import FlowMoAutoencoder, FlowMoPipeline, FlowMoScheduler
-from flowmo_diffusers.data.images import EMBEDDED, hold_out, load_images, load_streams, stack_images
-from flowmo_diffusers.data.loading import BadImages, ShuffledImages, StreamedImages, image_batches
+from flowmo_diffusers.data.image_task import ImageTask
+from flowmo_diffusers.data.loading import ShuffledImages, StreamedImages
+from flowmo_diffusers.data.options import (
+    DATA_LIMITS,
+    FREE_DATA_OPTIONS,
+    add_training_data_options,
+    build_training_images,
+    data_rules,
+    reader_facts,
+)
 from flowmo_diffusers.data.samples import SampleCache
-from flowmo_diffusers.data.transforms import ImageTransform
 from flowmo_diffusers.engine.adapters import Adapter, adapter_rules, add_adapter_options
 from flowmo_diffusers.engine.digests import config_entries, json_digest, module_digest
 from flowmo_diffusers.engine.launch import launched_with
@@ -35,7 +41,7 @@ from flowmo_diffusers.engine.norms import NormRescaler
 from flowmo_diffusers.engine.options import parse_with_config
 from flowmo_diffusers.engine.seeding import keyed_generator
 from flowmo_diffusers.engine.step import Losses
-from flowmo_diffusers.engine.training import Task, Trainer, make_ready, start, starting_point
+from flowmo_diffusers.engine.training import Trainer, make_ready, start, starting_point
 from flowmo_diffusers.engine.training_options import (
     add_optimisation_options,
     add_publishing_options,
@@ -66,9 +72,9 @@ STAGES = {
 }
 
 # Beside those of every training script, what may change when a run is resumed.
-FREE_OPTIONS = {
-    *("cache_dir", "train_data_dir", "pretrained_model_name_or_path", "model_config"),
-    *("perceptual_weights", "guard_weights", "num_inference_steps", "max_bad_fraction", "teacher_cache"),
+FREE_OPTIONS = FREE_DATA_OPTIONS | {
+    *("pretrained_model_name_or_path", "model_config"),
+    *("perceptual_weights", "guard_weights", "num_inference_steps", "teacher_cache"),
 }
 
 
@@ -82,21 +88,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     model("--pretrained_model_name_or_path", help="pipeline to start from; required for posttrain and distill")
     model("--model_config", help="JSON file or text with FlowMoAutoencoder's fields, to start anew; default FlowMo-Lo")
 
-    data = parser.add_argument_group("data").add_argument
-    data("--dataset_name", help="Hub id, local dataset, or embedded images: emoji, birds, emoji+birds")
-    data("--dataset_config_name")
-    data("--train_data_dir", help="folder of images, parquet file(s), .tar shards, or ImageNet's .tar files")
-    data("--image_column", default="image", help="column, or extension in .tar shards that hold several images a key")
-    data("--split", default="train")
-    data("--validation_split", help="default: 'validation' or 'test' if there is one, else images of the split itself")
-    data("--cache_dir")
-    data("--streaming", action="store_true", help="read a data set as it is downloaded, without keeping it")
-    data("--shuffle_buffer", type=int, help="images within which order is random; default: all, 10000 for .tar shards")
-    data("--max_bad_fraction", type=float, default=0.01, help="stop when more images than this cannot be read")
-    data("--resolution", type=int, help="default: the model's sample_size")
-    data("--center_crop", action="store_true", help="crop at the centre instead of at random")
-    data("--random_scale", type=float, default=1.0, help="resize by up to this factor before the random crop")
-    data("--random_flip", action=argparse.BooleanOptionalAction, default=True)
+    add_training_data_options(parser.add_argument_group("data"))
 
     optim = parser.add_argument_group("optimisation")
     add = optim.add_argument
@@ -170,14 +162,14 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     """Everything that can be known to be wrong before data or model are loaded."""
     limits = {
         "at least 1": (
-            *("chain_steps", "num_inference_steps", "teacher_num_inference_steps", "shuffle_buffer", "resolution"),
+            *("chain_steps", "num_inference_steps", "teacher_num_inference_steps", *DATA_LIMITS["at least 1"]),
         ),
         "at least 0": (
             *("perceptual_weight", "entropy_weight", "commit_weight", "kl_weight", "freeze_encoder_steps"),
             *("sample_weight", "image_weight", "flow_weight"),
         ),
         "positive": ("student_rho",),
-        "at least 0 and less than 1": ("code_dropout", "max_bad_fraction"),
+        "at least 0 and less than 1": ("code_dropout", *DATA_LIMITS["at least 0 and less than 1"]),
     }
     posttrain, pretrain = args.stage == "posttrain", args.stage == "pretrain"
     networks = ("none", "psnr")
@@ -188,12 +180,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
          "--stage posttrain needs a perceptual network: --perceptual none leaves nothing to seek modes by"),
         (args.pretrained_model_name_or_path and args.model_config,
          "give --model_config or --pretrained_model_name_or_path, not both: the pipeline has its own"),
-        ((args.dataset_name is None) == (args.train_data_dir is None),
-         "give exactly one of --dataset_name and --train_data_dir"),
-        (args.dataset_config_name and args.dataset_name is None, "--dataset_config_name belongs to --dataset_name"),
-        (args.streaming and args.dataset_name in EMBEDDED, "--streaming: the embedded images are here already"),
-        (args.random_scale < 1 or (args.random_scale > 1 and args.center_crop),
-         "--random_scale must be at least 1, and 1 with --center_crop"),
+        *data_rules(args),
         (Path(args.guard).name == Path(args.perceptual).name and args.guard not in networks,
          f"--guard {args.guard} is what --perceptual optimises: it cannot tell whether that is being hacked"),
         (args.guard_weights and args.guard in networks, f"--guard_weights: --guard {args.guard} has no weights"),
@@ -232,25 +219,13 @@ def run_config(args: argparse.Namespace, model_config: dict, num_processes: int)
     """What decides the course of the run."""
     facts = {f"model.{name}": value for name, value in model_config.items()}
     facts["teacher_cached"] = args.teacher_cache is not None  # where noise is an image's, not a visit's
-    if args.streaming:  # readers share the shards of a stream, images that of everything else
-        facts |= {"num_processes": num_processes, "dataloader_num_workers": args.dataloader_num_workers}
-    return course(args, num_processes, FREE_OPTIONS, facts)
+    return course(args, num_processes, FREE_OPTIONS, facts | reader_facts(args, num_processes))
 
 
 def build_pipeline(args: argparse.Namespace, model_config: dict) -> FlowMoPipeline:
     if args.pretrained_model_name_or_path:
         return FlowMoPipeline.from_pretrained(args.pretrained_model_name_or_path)
     return FlowMoPipeline(FlowMoAutoencoder.from_config(model_config), FlowMoScheduler())
-
-
-def build_data(args: argparse.Namespace, resolution: int) -> tuple[ShuffledImages | StreamedImages, torch.Tensor]:
-    """The endless training images, and the held-out ones as a tensor."""
-    place = (args.dataset_name, args.train_data_dir, args.split, args.dataset_config_name, args.cache_dir)
-    found = (load_streams if args.streaming else load_images)(*place, args.image_column)
-    train, held_out = hold_out(found, args.split, args.validation_split, args.num_validation_images)
-    transform = ImageTransform(resolution, not args.center_crop, args.random_flip, args.random_scale)
-    endless = StreamedImages if args.streaming else ShuffledImages
-    return endless(train, transform, args.seed, args.shuffle_buffer), stack_images(held_out, resolution)
 
 
 def build_networks(args: argparse.Namespace, device: torch.device) -> dict[str, torch.nn.Module]:
@@ -298,7 +273,7 @@ def student_scheduler(args: argparse.Namespace, teacher: FlowMoScheduler) -> Flo
     return FlowMoScheduler.from_config(teacher.config, **recipe)
 
 
-class TokenizerTraining(Task):
+class TokenizerTraining(ImageTask):
     """
     Any stage of a tokenizer.
 
@@ -315,8 +290,8 @@ class TokenizerTraining(Task):
         images: ShuffledImages | StreamedImages,
         originals: torch.Tensor,
     ):
-        super().__init__(args.stage, pipeline.autoencoder, None if args.streaming else len(images), len(originals))
-        self.args, self.accelerator, self.pipeline, self.images = args, accelerator, pipeline, images
+        super().__init__(args.stage, pipeline.autoencoder, args, accelerator, images, originals)
+        self.pipeline = pipeline
         self.adapter = Adapter.of(args)
         pipeline.set_progress_bar_config(disable=True)
         networks = build_networks(args, accelerator.device)
@@ -325,7 +300,6 @@ class TokenizerTraining(Task):
         self.validation = Validation(
             accelerator, originals, networks, args.num_inference_steps, args.train_batch_size, args.seed
         )
-        self.bad = BadImages(args.max_bad_fraction, self.num_images)
         self.joint: JointCodeDistribution | None = None
         self.teacher = build_teacher(args, pipeline, accelerator.device) if args.stage == "distill" else None
         if self.teacher is not None:
@@ -343,20 +317,9 @@ class TokenizerTraining(Task):
             register_fsdp_forward_method(self.model, "encode")
         norms = NormRescaler(self.model.block_weights())
         self.norm_rescaler = norms if self.args.norm_rescaling else None
-        self.states = {"norms": norms, "bad": self.bad}
+        self.states["norms"] = norms
         if self.args.global_entropy:
             self.joint = JointCodeDistribution(self.model, partial(self.accelerator.reduce, reduction="mean"))
-
-    def batches(self, first: int, last: int) -> Iterable[dict]:
-        return image_batches(
-            self.images,
-            self.args.train_batch_size,
-            first,
-            last,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.args.dataloader_num_workers,
-        )
 
     def before_step(self, step: int) -> None:
         args = self.args
@@ -366,8 +329,7 @@ class TokenizerTraining(Task):
         self.student_steps = args.student_steps[torch.randint(len(args.student_steps), (), generator=generator)]
 
     def before_group(self, batches: Sequence[dict]) -> None:
-        for batch in batches:
-            self.bad.add(batch["bad"])
+        super().before_group(batches)
         if self.joint is not None and len(batches) > 1:
             with self.accelerator.autocast():
                 self.joint.observe(self._encode, [batch["images"] for batch in batches])
@@ -427,12 +389,6 @@ class TokenizerTraining(Task):
             return distillation_flops(config, side, side, *steps, flow=args.flow_weight > 0)
         return pretraining_flops(config, side, side, encoder_trained=step < args.freeze_encoder_steps)
 
-    def check(self, images_seen: int) -> dict[str, float]:
-        if self.accelerator.num_processes > 1:
-            self.bad.add(gather_object(list(self.bad.reasons.items())))
-        self.bad.check(images_seen)
-        return {"bad_images": len(self.bad)}
-
     def validate(self, step: int) -> tuple[dict[str, float], PIL.Image.Image]:
         reconstructions, figures = self.validation(self.pipeline)
         originals = self.validation.originals
@@ -474,7 +430,7 @@ def main(args: argparse.Namespace) -> None:
 
     pipeline = build_pipeline(args, model_config)
     with accelerator.local_main_process_first():  # the others find caches and indices made
-        images, originals = build_data(args, args.resolution or model_config["sample_size"])
+        images, originals = build_training_images(args, args.resolution or model_config["sample_size"])
     task = TokenizerTraining(args, accelerator, pipeline, images, originals)
     Trainer(task, args, accelerator, config).run(checkpoint)
 

@@ -63,6 +63,7 @@ class DiffusersReconstructor(Reconstructor):
             raise ValueError(f"baseline {name!r} is for inputs of {config['in_channels']} channels; images have 3")
         self.autoencoder = autoencoder.eval()
         self.seed = seed
+        self.codebook_size = config["num_vq_embeddings"] if self.kind == "VQModel" else None
         # aMUSEd's VQModel, the only one that looks its codes up, and RAE are trained on [0, 1], the others on [-1, 1].
         self.takes_unit_range = self.kind == "AutoencoderRAE" or config.get("lookup_from_codebook", False)
         settings = {
@@ -101,7 +102,7 @@ class DiffusersReconstructor(Reconstructor):
             _, _, (_, _, indices) = autoencoder.quantize(z)
             b, c, h, w = z.shape
             z = autoencoder.quantize.get_codebook_entry(indices, (b, h, w, c))
-            return z, h * w * math.log2(autoencoder.config.num_vq_embeddings), indices.view(b, h * w, 1).cpu()
+            return z, h * w * math.log2(self.codebook_size), indices.view(b, h * w, 1).cpu()
         if self.kind == "AutoencoderTiny":
             levels = (autoencoder.scale_latents(z.float()) * 255).round()
             return autoencoder.unscale_latents(levels / 255).to(z.dtype), 8 * numbers, None
@@ -134,6 +135,7 @@ def load_baseline(
     num_bytes: int | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    name: str | None = None,
 ) -> Reconstructor:
     """
     A peer by a word.
@@ -145,6 +147,7 @@ def load_baseline(
         num_bytes: The most bytes an image may take of a codec without a quality; otherwise not used.
         device: Of the autoencoder.
         dtype: Of the autoencoder.
+        name: Of the autoencoder's row; default: `spec`. Codecs have their own.
 
     Raises:
         ValueError: If a codec has neither or a wrong quality, or what is named is no image autoencoder.
@@ -170,7 +173,7 @@ def load_baseline(
     )
     if info["missing_keys"]:
         raise ValueError(f"baseline {spec!r}: its weights lack {sorted(info['missing_keys'])}")
-    return DiffusersReconstructor(autoencoder.to(device), spec)
+    return DiffusersReconstructor(autoencoder.to(device), name or spec)
 
 
 def _load_codec(codec: str, quality: str | None, num_bytes: int | None) -> CodecReconstructor:

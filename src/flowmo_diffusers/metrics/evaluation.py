@@ -8,14 +8,14 @@ import torch
 from flowmo_diffusers.data.measuring import Rows
 from flowmo_diffusers.engine.chunks import Chunks
 from flowmo_diffusers.engine.digests import module_digest
-from flowmo_diffusers.metrics.codebook import codebook_health
+from flowmo_diffusers.metrics.codebook import codebook_health, codebook_use
 from flowmo_diffusers.metrics.extraction import moments
 from flowmo_diffusers.metrics.features import FeatureNetwork
 from flowmo_diffusers.metrics.frechet import frechet_distance
 from flowmo_diffusers.metrics.manifold import precision_recall
 from flowmo_diffusers.metrics.protocol import Protocol
 from flowmo_diffusers.metrics.reconstruction import mean_psnr, mean_squared_error, psnr_over_batches, ssim
-from flowmo_diffusers.metrics.reconstructors import Reconstruction
+from flowmo_diffusers.metrics.reconstructors import FlowMoReconstructor, Reconstruction, Reconstructor
 from flowmo_diffusers.objectives.perceptual import PerceptualDistance
 
 
@@ -114,6 +114,12 @@ class ReconstructionEvaluation:
         return {name + suffix: value for name, value in zip(("precision", "recall"), both, strict=True)}
 
 
-def code_figures(rows: Chunks, group_size: int, levels: int) -> dict[str, float]:
-    """[`codebook_health`] of the codes of all images."""
-    return codebook_health(rows.read("indices")["indices"].long(), group_size, levels)
+def code_figures(rows: Chunks, reconstructor: Reconstructor) -> dict[str, float]:
+    """[`codebook_health`] of FlowMo's codes of all images, [`codebook_use`] of a peer's; nothing without codes."""
+    if reconstructor.codebook_size is None:
+        return {}
+    indices = rows.read("indices")["indices"].long()
+    if isinstance(reconstructor, FlowMoReconstructor):
+        quantizer = reconstructor.pipeline.autoencoder.quantize
+        return codebook_health(indices, quantizer.group_size, quantizer.levels)
+    return codebook_use(indices, reconstructor.codebook_size)

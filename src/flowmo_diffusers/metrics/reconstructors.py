@@ -38,6 +38,8 @@ class Reconstructor(ABC):
         settings: Plain JSON values, everything that its results depend on.
     """
 
+    codebook_size: int | None = None  # codes that one of its indices can name, where there are any
+
     def __init__(self, name: str, settings: dict[str, Any]):
         self.name = name
         self.settings = settings
@@ -79,6 +81,9 @@ class FlowMoReconstructor(Reconstructor):
             "sampling": dict(self.sampling),
         }
         self.windows = {name: self.sampling.pop(name) for name in WINDOWS if name in self.sampling}
+        quantizer = pipeline.autoencoder.quantize
+        if quantizer.is_discrete:
+            self.codebook_size = quantizer.levels**quantizer.group_size
         super().__init__(name, settings)
 
     @torch.no_grad()

@@ -8,7 +8,12 @@ they are no part of the model, and small beside it.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from diffusers import VQModel
+from torch.utils.flop_counter import FlopCounterMode
+
 from flowmo_diffusers.models.flops import decoder_attention_flops, decoder_flops, encoder_flops, generator_flops
+from flowmo_diffusers.objectives.vqmodel import vqmodel_loss
 
 
 def pretraining_flops(config: Mapping[str, Any], height: int, width: int, encoder_trained: bool = True) -> int:
@@ -70,3 +75,23 @@ def generator_training_flops(config: Mapping[str, Any]) -> int:
         config: The `config` of a [`FlowMoTokenGenerator`].
     """
     return 3 * generator_flops(config)
+
+
+def vqmodel_training_flops(config: Mapping[str, Any], height: int, width: int) -> int:
+    """
+    Model FLOPs of training diffusers' `VQModel` on one image, counted while it trains on one that has no numbers:
+    convolutions, attention and the search for the nearest codes.
+
+    Args:
+        config: The model's.
+        height: Of the image in pixels; a multiple of what the model divides it by, as is `width`.
+    """
+    search = dict.fromkeys((torch.ops.aten._euclidean_dist, torch.ops.aten._cdist_forward), _distance_flops)
+    with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=search) as counter:
+        vqmodel_loss(VQModel.from_config(config), torch.zeros(1, 3, height, width))["loss"].backward()
+    return counter.get_total_flops()
+
+
+def _distance_flops(x: torch.Size, y: torch.Size, *args: Any, **kwargs: Any) -> int:
+    """Of all distances between two sets of vectors, (n, c) and (m, c), by a product of matrices."""
+    return 2 * x[0] * y[0] * x[1]
