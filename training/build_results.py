@@ -302,12 +302,13 @@ def peers_rows(study: Study) -> list[dict[str, Any]]:
 
 
 def peers_table(study: Study) -> str:
-    figures = ("bits_per_pixel", *SHOWN)
-    rows = [
-        [row["name"], *(f"{row['figures'][name]:.{FIGURES[name][0] if name != 'rfid' else 1}f}" for name in figures)]
-        for row in peers_rows(study)
-    ]
-    return table(["", *(f"{name.replace('_', ' ')} {FIGURES[name][1]}".strip() for name in figures)], rows)
+    rows = []
+    for row in peers_rows(study):
+        figures = row["figures"]
+        shown = [f"{figures[name]:.{FIGURES[name][0] if name != 'rfid' else 1}f}" for name in SHOWN]
+        used = f"{figures['used_codes']:.0f} of {figures['usable_codes']:.0f}" if "used_codes" in figures else ""
+        rows.append([row["name"], f"{figures['bits_per_pixel']:.2f}", *shown, used])
+    return table(["", "bits per pixel", *(f"{name} {FIGURES[name][1]}" for name in SHOWN), "codes used"], rows)
 
 
 def generator_table(study: Study) -> str:
