@@ -192,7 +192,10 @@ def test_sizes_of_known_tokenizers(size, tokens, bits):
         ({"window": 16, "overlap": 1, "num_rows": 4, "codes": bytes(768)}, "num_rows=4 must be 9"),
         ({"window": 33, "num_rows": 4, "codes": bytes(768)}, "num_rows=4 must be 1"),
         ({"window": 11586}, "window=11586 must be at most 134217728 pixels"),
-        ({"window": 1, "height": 65535, "num_rows": 65535, "codes": bytes(192 * 65535)}, "num_rows=65535 must be 2097"),
+        (
+            {"window": 1, "height": 65535, "num_rows": 65535, "codes": bytes(192 * 65535)},
+            "num_rows=65535 must be 2097",
+        ),
         ({"num_tokens": 65535, "bits_per_token": 65535}, f"must be at most {MAX_CODE_BYTES}"),
         ({"num_tokens": 1, "bits_per_token": 3, "codes": b"\x10"}, "bits set behind the last of the 3 bits"),
         ({"name": "a\x1b[31m"}, "printable"),
