@@ -26,7 +26,7 @@ from flowmo_diffusers.schedulers.scheduling_flowmo import FlowMoScheduler
 from flowmo_diffusers.schedulers.scheduling_flowmo_tokens import FlowMoTokenScheduler
 
 
-# The largest image that is taken whole, as a multiple of the model's own area: 121 windows where it is a square.
+# The largest image that is taken whole, as a multiple of the model's own area: 121 windows of a square, 170 at most.
 MAX_AREA = 64
 WINDOW_BATCH_SIZE = 8
 
