@@ -116,6 +116,7 @@ class FlowMoPipeline(SafePipeline):
         generator: Generators = None,
         window_size: int | None = None,
         window_overlap: int | None = None,
+        window_batch_size: int = 1,
     ) -> torch.Tensor:
         """
         Images to tokens.
@@ -126,6 +127,7 @@ class FlowMoPipeline(SafePipeline):
             generator: For the Gaussian draw of a "kl" model; one, or one for each image.
             window_size: See [`~FlowMoPipeline.__call__`].
             window_overlap: As `window_size`.
+            window_batch_size: As `window_size`.
 
         Returns:
             Indices (b, tokens, groups) int64 if the quantizer is discrete, else codes (b, tokens, channels); with
@@ -137,7 +139,8 @@ class FlowMoPipeline(SafePipeline):
         images = self._images(image, height, width, whole_patches=window_size is None)
         windows = self._windows(*images.shape[-2:], window_size, window_overlap)
         check_generator(generator, len(images))
-        codes, indices = self._encode(images, windows, generator)
+        _check_window_batch_size(window_batch_size)
+        codes, indices = self._encode(images, windows, generator, window_batch_size)
         self.maybe_free_model_hooks()
         return codes if indices is None else indices
 
@@ -277,7 +280,8 @@ class FlowMoPipeline(SafePipeline):
                 every step, so that they meet without seams. An image smaller than a window is extended to one and cut
                 back. Default: the image as a whole.
             window_overlap: Pixels that neighbouring windows share at least. Default: a quarter of `window_size`.
-            window_batch_size: How many windows of each image pass through the decoder at a time.
+            window_batch_size: How many windows of each image pass through the model at a time. As with any batch,
+                rounding may depend on it.
 
         Raises:
             ValueError: If an argument has the wrong type, shape or range; before the model runs.
@@ -297,7 +301,7 @@ class FlowMoPipeline(SafePipeline):
             window_overlap,
             window_batch_size,
         )
-        codes, indices = self._encode(images, windows, generator)
+        codes, indices = self._encode(images, windows, generator, window_batch_size)
         images = self.decode(
             codes,
             height=height,
@@ -345,17 +349,25 @@ class FlowMoPipeline(SafePipeline):
         )
 
     def _encode(
-        self, images: torch.Tensor, windows: Windows | None, generator: Generators
+        self, images: torch.Tensor, windows: Windows | None, generator: Generators, window_batch_size: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Codes and indices of images, or of their windows, one at a time."""
+        """Codes and indices of images, or of their windows."""
         if windows is None:
             encoded = self.autoencoder.encode(images, generator)
             return encoded.codes, encoded.indices
         canvas = windows.extend(images)
-        crops = (windows.crop(canvas, range(i, i + 1)).flatten(0, 1) for i in range(len(windows)))
-        encoded = [self.autoencoder.encode(crop, generator) for crop in crops]
-        codes = torch.stack([one.codes for one in encoded], dim=1)
-        return codes, torch.stack([one.indices for one in encoded], dim=1) if encoded[0].indices is not None else None
+        generators = generator if isinstance(generator, list) else [generator] * len(images)
+        encoded = []
+        for some in windows.batches(window_batch_size):
+            # Window by window, each with a draw of its own: so what is drawn does not depend on `window_batch_size`.
+            crops = windows.crop(canvas, some).transpose(0, 1).flatten(0, 1)
+            encoded.append(self.autoencoder.encode(crops, None if generator is None else generators * len(some)))
+
+        def joined(rows: list[torch.Tensor]) -> torch.Tensor:
+            return torch.cat(rows).unflatten(0, (len(windows), len(images))).transpose(0, 1)
+
+        discrete = encoded[0].indices is not None
+        return joined([one.codes for one in encoded]), joined([one.indices for one in encoded]) if discrete else None
 
     def _blended_velocity(
         self,
@@ -368,8 +380,7 @@ class FlowMoPipeline(SafePipeline):
     ) -> torch.Tensor:
         """The mean over all windows that hold a pixel, so that they are denoised together."""
         total = torch.zeros_like(latents)
-        for first in range(0, len(windows), window_batch_size):
-            some = range(first, min(first + window_batch_size, len(windows)))
+        for some in windows.batches(window_batch_size):
             x_t = windows.crop(latents, some).flatten(0, 1)
             v = self._velocity(x_t, t, codes[:, some.start : some.stop].flatten(0, 1), guidance)
             windows.add(total, v.float().unflatten(0, (len(latents), len(some))), some)
@@ -502,9 +513,13 @@ class FlowMoPipeline(SafePipeline):
             raise ValueError(f"latents have shape {tuple(latents.shape)}; expected {canvas}")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} must be 'pil', 'np', 'pt' or 'latent'")
-        if window_batch_size < 1:
-            raise ValueError(f"window_batch_size={window_batch_size} must be at least 1")
+        _check_window_batch_size(window_batch_size)
         self._check_callback(callback_tensor_inputs)
+
+
+def _check_window_batch_size(window_batch_size: int) -> None:
+    if window_batch_size < 1:
+        raise ValueError(f"window_batch_size={window_batch_size} must be at least 1")
 
 
 def _inside(times: torch.Tensor, interval: tuple[float, float]) -> list[bool]:

@@ -20,6 +20,7 @@ from flowmo_diffusers.cli.main import COMMANDS, build_parser
 from flowmo_diffusers.data.token_file import TokenFile
 from flowmo_diffusers.data.tokens import tokenizer_identity
 from flowmo_diffusers.metrics.reconstruction import psnr
+from flowmo_diffusers.models.windows import Windows
 from flowmo_diffusers.pipelines.images import images_to_tensor
 
 
@@ -126,6 +127,82 @@ def test_sizes(photos, tmp_path, words, size):
     assert pixels(tmp_path / "b.png").shape == (*size, 3)
 
 
+@pytest.mark.parametrize(
+    ("words", "layout"),
+    [
+        (["--windows"], {"window_size": 32, "window_overlap": 8}),
+        (["--window_size", 16, "--window_overlap", 0], {"window_size": 16, "window_overlap": 0}),
+        (["--window_overlap", 5], {"window_size": 32, "window_overlap": 5}),
+    ],
+)
+@pytest.mark.parametrize("batch", [[], ["--window_batch_size", 3]])
+def test_windows_are_those_of_the_pipeline(photos, tmp_path, capsys, words, layout, batch):
+    """Every pixel of images smaller and larger than a window, bit for bit, from an exact number of bytes that tell the
+    windows; defaults that differ from the pipeline's; an option that does not arrive."""
+    small = photos / "small.png"
+    PIL.Image.open(photos / "b.jpg").resize((21, 9)).save(small)
+    pipeline = FlowMoPipeline.from_pretrained(asset_path("starter"))
+    for photo, size in ((photos / "b.jpg", (40, 50)), (small, (9, 21)), (photos / "a.png", (32, 32))):
+        tokens, decoded, direct = (tmp_path / f"{photo.stem}.{kind}" for kind in ("flowmo", "png", "direct.png"))
+        assert flowmo("encode", photo, "--output", tokens, *words, *batch) == 0
+        assert flowmo("decode", tokens, "--output", decoded, "--steps", 2, *batch) == 0
+        assert flowmo("reconstruct", photo, "--output", direct, "--steps", 2, *words, *batch) == 0
+        printed = capsys.readouterr().out
+        windows = len(Windows(*size, *layout.values()))
+        num_bytes = 192 * windows
+        text = f"{size[0]} x {size[1]} pixels in {windows} window{'s' if windows > 1 else ''}"
+        assert f"{text}, {num_bytes + 50} bytes\n" in printed and tokens.stat().st_size == num_bytes + 50
+        assert f"{text}, {8 * num_bytes} bits = {num_bytes} bytes (" in printed
+
+        output = pipeline(
+            PIL.Image.open(photo),
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0),
+            window_batch_size=batch[-1] if batch else 8,
+            **layout,
+        )
+        file, autoencoder = TokenFile.read(tokens), pipeline.autoencoder
+        assert (file.num_rows, file.windows) == (windows, layout)
+        assert file.packed == autoencoder.pack_codes(autoencoder.indices_to_codes(output.indices[0]))
+        for path in (decoded, direct):
+            assert np.array_equal(pixels(path), np.asarray(output.images[0]))
+
+
+def test_files_of_one_size_and_other_windows(photos, tmp_path):
+    """Decoded in one batch, by the first one's windows; windows of several images that are mixed up."""
+    tokens = tmp_path / "tokens"
+    for name, words in (("a", []), ("b", ["--window_size", 16]), ("c", ["--windows"])):
+        assert flowmo("encode", photos / "a.png", "--output", tokens / f"{name}.flowmo", *words) == 0
+    assert flowmo("decode", tokens, "--output", tmp_path / "images", *FAST) == 0
+    whole, sixteen, one = (pixels(tmp_path / "images" / f"{name}.png") for name in "abc")
+    assert np.abs(whole - one).max() <= 1 < np.abs(whole - sixteen).max()
+
+    PIL.Image.open(photos / "a.png").rotate(90).save(photos / "a2.png")
+    assert flowmo("encode", photos, "--output", tmp_path / "together", "--window_size", 16, *FAST[2:]) == 0
+    assert TokenFile.read(tmp_path / "together" / "a.flowmo") == TokenFile.read(tokens / "b.flowmo")
+    assert flowmo("decode", tmp_path / "together", "--output", tmp_path / "back", *FAST) == 0
+    assert np.abs(pixels(tmp_path / "back" / "a.png") - sixteen).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "size"), [(["--resolution", "23x50"], (23, 50)), (["--height", "9", "--width", "50"], (9, 50))]
+)
+def test_windows_of_resized_images(photos, tmp_path, words, size):
+    """A size that is asked for and not given, or rounded to patches."""
+    assert flowmo("encode", photos / "b.jpg", "--output", tmp_path / "b.flowmo", "--windows", *words) == 0
+    file = TokenFile.read(tmp_path / "b.flowmo")
+    assert (file.height, file.width, file.window) == (*size, 32)
+
+
+def test_images_of_too_many_windows_are_named(photos, tmp_path, capsys):
+    """A file that cannot be written, which is found out when its image has been encoded, or ends the command."""
+    PIL.Image.new("RGB", (2000, 2000)).save(photos / "large.png")
+    words = ("--window_size", 4, "--window_overlap", 0)
+    assert flowmo("encode", photos / "large.png", photos / "a.png", "--output", tmp_path / "out", *words) == 1
+    assert below(tmp_path / "out") == ["a.flowmo"]
+    assert "large.png: num_rows=250000 must be a whole number from 1 to 65535" in capsys.readouterr().err
+
+
 def test_bad_images_are_named_and_the_others_encoded(photos, tmp_path, capsys):
     (photos / "bad.jpg").write_bytes(b"\xff\xd8\xff broken")
     assert flowmo("encode", photos, "--output", tmp_path / "out") == 1
@@ -156,8 +233,7 @@ def test_what_is_no_token_file_of_this_model_is_refused(photos, tmp_path, tiny_p
     (tokens / "cut.flowmo").write_bytes(good.to_bytes()[:-9])
     (tokens / "foreign.flowmo").write_bytes(b"\x89PNG and so on")
     TokenFile(**fields | {"height": 30}).write(tokens / "odd.flowmo")
-    windows = {"num_rows": 2, "codes": 2 * good.codes, "window": 16, "overlap": 4}
-    TokenFile(**fields | windows).write(tokens / "windows.flowmo")
+    TokenFile(**fields | {"window": 34}).write(tokens / "windows.flowmo")
     tiny_pipeline.save_pretrained(tmp_path / "tiny")
     assert flowmo("encode", photos / "a.png", "--model", tmp_path / "tiny", "--output", tokens / "tiny.flowmo") == 0
     capsys.readouterr()
@@ -169,7 +245,7 @@ def test_what_is_no_token_file_of_this_model_is_refused(photos, tmp_path, tiny_p
         "foreign": "not a FlowMo token file",
         "odd": "height=30 and width=32 must be positive multiples of the patch size 4, or .*",
         "tiny": r"tokens of another tokenizer: \w{32} \(tiny\), not 9306206f3c66b2933be748ad90af5152",
-        "windows": "an image of 2 windows, which are not joined here",
+        "windows": "window_size=34 must be a multiple of the patch size 4",
     }
     assert len(errors) == len(reasons)
     for line, (name, reason) in zip(errors, reasons.items(), strict=True):
@@ -213,8 +289,15 @@ def test_inspect_shows_a_token_file(photos, tmp_path, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["tokenizer"] == "9306206f3c66b2933be748ad90af5152" and facts["name"] == "starter"
     assert (facts["code_bytes"], facts["file_bytes"], facts["num_rows"]) == (192, 242, 1)
+    assert "windows" not in facts
     (tmp_path / "a.flowmo").write_bytes(b"FLOWMO")
     assert flowmo("inspect", tmp_path / "a.flowmo") == 1
+    assert flowmo("encode", photos / "b.jpg", "--windows", "--output", tmp_path / "b.flowmo") == 0
+    capsys.readouterr()
+    assert flowmo("inspect", tmp_path / "b.flowmo") == 0
+    shown = capsys.readouterr().out
+    assert "height: 40\nwidth: 50\n" in shown and "num_rows: 4\nwindow: 32\noverlap: 8\n" in shown
+    assert "windows: 2 x 2 of 32 x 32 pixels\ncode_bytes: 768\nfile_bytes: 818\n" in shown
 
 
 def test_inspect_shows_a_model(tiny_pipeline, tmp_path, capsys):
@@ -242,6 +325,9 @@ def test_inspect_shows_a_model(tiny_pipeline, tmp_path, capsys):
         ("encode photos --output x --keep_size --resolution 32", "give one of"),
         ("encode photos --output x.flowmo", "is one file, and there are 3 to write"),
         ("decode x --output y --dtype int8", "invalid choice"),
+        ("decode x --output y --windows", "unrecognized arguments"),
+        ("encode photos --output x --window_size 0", "--window_size: '0' must be a whole number of at least 1"),
+        ("reconstruct photos --output x --window_batch_size 2", "--window_batch_size needs --windows"),
         ("reconstruct photos --output x --resolution 3x", "must be a side in pixels"),
     ],
 )
@@ -262,6 +348,8 @@ def test_wrong_usage_ends_with_2(photos, monkeypatch, capsys, words, message):
         ("encode photos --output photos/a.png", "photos/a.png is not a folder"),
         ("encode photos photos/a.png --output x", "photos/a.png and photos/a.png would both be written to x/a.flowmo"),
         ("encode photos --output x --resolution 30", "must be positive multiples of the patch size 4"),
+        ("encode photos --output x --window_size 30", "window_size=30 must be a multiple of the patch size 4"),
+        ("reconstruct photos --output x --window_overlap 32", "window_overlap=32 must be at least 0 and less than"),
         ("reconstruct photos --output x --rho -1", "rho=-1.0 must be positive"),
         ("reconstruct photos --output x --steps 2 --device nowhere", "--device nowhere cannot be used"),
         ("generate --labels 99 --output x", "class_labels has id 99; this generator has 9 classes"),

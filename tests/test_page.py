@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 
 from flowmo_diffusers.assets import asset_path
+from flowmo_diffusers.models.windows import Windows
 from flowmo_diffusers.page import demo
 
 
@@ -63,7 +64,7 @@ def photo(tmp_path: Path, picture: PIL.Image.Image) -> str:
 
 def call(page: gradio.Blocks, image: dict) -> httpx.Response:
     """A reconstruction asked for as a browser does, of any image."""
-    return httpx.post(page.local_url + "gradio_api/call/reconstruct", json={"data": [image, 32, *SETTINGS]})
+    return httpx.post(page.local_url + "gradio_api/call/reconstruct", json={"data": [image, 32, False, *SETTINGS]})
 
 
 def answer(page: gradio.Blocks, image: dict) -> str:
@@ -77,16 +78,30 @@ def upload(page: gradio.Blocks, content: bytes) -> httpx.Response:
 
 def test_reconstruct(client: Client, photo: str):
     """Pictures in another order, not lossless, or an upload that does not arrive."""
-    original, tokens, image, figures = client.predict(handle_file(photo), 32, *SETTINGS, api_name="/reconstruct")
+    original, tokens, image, figures = client.predict(
+        handle_file(photo), 32, False, *SETTINGS, api_name="/reconstruct"
+    )
     with PIL.Image.open(original) as shown:
         assert shown.format == "PNG" and shown.size == (32, 32)
         assert shown.getpixel((16, 16)) == (255, 165, 0) and shown.getpixel((1, 1)) == (255, 255, 255)
         with PIL.Image.open(image) as restored:
             assert restored.format == "PNG" and restored.size == (32, 32)
             assert np.abs(np.asarray(restored, int) - np.asarray(shown, int)).mean() < 20
-    with PIL.Image.open(tokens) as bits:
+    assert tokens["visible"]
+    with PIL.Image.open(tokens["value"]) as bits:
         assert set(bits.convert("L").get_flattened_data()) >= {20, 245}
     assert "| 1536 | 192 | 1.5 |" in figures and " dB |" in figures
+
+
+def test_whole_image(client: Client, photo: str):
+    """The square after all, or figures and tokens of it."""
+    original, tokens, image, figures = client.predict(handle_file(photo), 32, True, *SETTINGS, api_name="/reconstruct")
+    with PIL.Image.open(original) as shown, PIL.Image.open(photo) as sent, PIL.Image.open(image) as restored:
+        assert np.array_equal(shown, sent) and restored.size == (80, 60)
+        assert np.abs(np.asarray(restored, int) - np.asarray(shown, int)).mean() < 20
+    assert not tokens["visible"] and tokens["value"] is None
+    windows = len(Windows(60, 80, 32))
+    assert f"| {windows} | {1536 * windows} | {192 * windows} | {1536 * windows / 4800:.3g} |" in figures
 
 
 def test_animate(client: Client, photo: str):
@@ -130,11 +145,11 @@ def test_no_tab_of_generation_without_a_generator(tiny_pipeline, picture: PIL.Im
 def test_errors_are_shown(client: Client, page: gradio.Blocks, photo: str):
     """What was wrong with the user's input, replaced by 'Error'."""
     with pytest.raises(AppError, match="there is no image: upload one"):
-        client.predict(None, 32, *SETTINGS, api_name="/reconstruct")
+        client.predict(None, 32, False, *SETTINGS, api_name="/reconstruct")
     with pytest.raises(AppError, match=r"tokens 5 to 3: expected 0 <= first <= last <= 63"):
         client.predict(handle_file(photo), 32, 7, 5, 3, 0, *SETTINGS, api_name="/flip")
     with pytest.raises(AppError, match="greater than maximum value"):
-        client.predict(handle_file(photo), 32, 10**9, *SETTINGS[1:], api_name="/reconstruct")
+        client.predict(handle_file(photo), 32, False, 10**9, *SETTINGS[1:], api_name="/reconstruct")
     (path,) = upload(page, Path(photo).read_bytes()[:-40]).json()
     assert "truncated" in answer(page, {"path": path, "meta": FILE})
 
@@ -252,10 +267,11 @@ def test_options_need_no_torch():
 
 def test_figures():
     """A figure under another's name."""
-    figures = Figures(1536, 192, 1.5, 31, 0.25, psnr=27.5, changed=7)
+    figures = Figures(1536, 192, 1.5, 31, 0.25, psnr=27.5, changed=7, windows=3)
     names, _, values = figures_table(figures, "PSNR of both").splitlines()
     assert dict(zip(names.split(" | "), values.split(" | "), strict=True)) == {
-        "| bits": "| 1536",
+        "| windows": "| 3",
+        "bits": "1536",
         "bytes": "192",
         "bits a pixel": "1.5",
         "bits changed": "7",

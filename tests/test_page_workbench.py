@@ -18,7 +18,7 @@ from flowmo_diffusers import (
 )
 from flowmo_diffusers.metrics.reconstruction import psnr
 from flowmo_diffusers.page.bits import pack
-from flowmo_diffusers.page.workbench import Sampling, Workbench
+from flowmo_diffusers.page.workbench import WINDOW_BATCH_SIZE, Sampling, Workbench
 from flowmo_diffusers.pipelines.images import images_to_tensor
 
 
@@ -74,6 +74,50 @@ def test_any_image_at_any_side(workbench: Workbench, tmp_path: Path):
     result = workbench.reconstruct(tmp_path / "wide.png", 24, SAMPLING)
     assert result.original.size == result.image.size == (24, 24)
     assert (np.asarray(result.original)[:, 2:-2] == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("size", [(40, 27), (16, 16), (5, 9)])
+def test_the_whole_image_is_the_pipeline_s(workbench: Workbench, tiny_pipeline: FlowMoPipeline, tmp_path: Path, size):
+    """Pixels that are cut off or resized, other settings than the user sees, figures of one window."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
+    original = PIL.Image.fromarray(pixels)
+    original.save(tmp_path / "photo.png")
+    done = []
+    result = workbench.reconstruct_whole(tmp_path / "photo.png", SAMPLING, lambda *step: done.append(step))
+    tiny_pipeline.scheduler = FlowMoScheduler(rho=2.0)
+    output = tiny_pipeline(
+        original,
+        num_inference_steps=4,
+        generator=torch.Generator().manual_seed(3),
+        window_size=16,
+        window_batch_size=WINDOW_BATCH_SIZE,
+    )
+    assert result.original.tobytes() == original.tobytes() and result.bits is None
+    assert result.image.size == size and result.image.tobytes() == output.images[0].tobytes()
+    figures, windows = result.figures, output.indices.shape[1]
+    assert (figures.windows, figures.bits, figures.num_bytes) == (windows, 48 * windows, 6 * windows)
+    assert figures.bits_per_pixel == 48 * windows / (size[0] * size[1])
+    assert figures.psnr == psnr(images_to_tensor(original), images_to_tensor(output.images[0])).item()
+    assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("size", "taken"),
+    [
+        ((128, 128), (128, 128)),
+        ((300, 300), (128, 128)),
+        ((400, 100), (256, 64)),
+        ((3000, 3), (1024, 1)),
+        ((17, 963), (17, 963)),
+    ],
+)
+def test_large_images_are_made_smaller(workbench: Workbench, tmp_path: Path, size, taken):
+    """An upload that keeps the page busy for hours, also a long strip; or one that is squashed."""
+    PIL.Image.new("RGB", size, "orange").save(tmp_path / "large.png")
+    result = workbench.reconstruct_whole(tmp_path / "large.png", Sampling(1, 1.0, 1.0))
+    assert result.original.size == result.image.size == taken
+    assert result.original.getpixel((0, 0)) == (255, 165, 0)
+    assert result.figures.windows <= 170
 
 
 def test_trajectory_is_of_the_reconstruction(workbench: Workbench, files: list[Path]):

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flowmo_diffusers.data.token_file import MAGIC, MAX_CODE_BYTES, TokenFile
+from flowmo_diffusers.models.windows import Windows
 
 
 HEADER_BYTES = 39
@@ -28,27 +29,44 @@ sides = st.integers(1, 65535)
 
 
 @st.composite
+def whole_images(draw) -> dict:
+    height = draw(sides)
+    return {"height": height, "width": draw(st.integers(1, min(65535, 2**27 // height)))}
+
+
+@st.composite
+def windowed_images(draw) -> dict:
+    """Of one to six windows, and any height and width that have so many."""
+    window = draw(st.integers(1, 4700))  # 6 x 4700² is less than 2^27 pixels
+    overlap = draw(st.integers(0, window - 1))
+    down = draw(st.integers(1, 6))
+    across = draw(st.integers(1, 6 // down))
+
+    def side(count: int) -> int:
+        longest = window + (count - 1) * (window - overlap)
+        return draw(st.integers(longest - (window - overlap) + 1 if count > 1 else 1, longest))
+
+    size = {"height": side(down), "width": side(across)}
+    return size | {"num_rows": down * across, "window": window, "overlap": overlap}
+
+
+@st.composite
 def token_files(draw) -> TokenFile:
     """Any valid one of at most some hundred bytes."""
-    tokens, bits, rows = draw(st.integers(1, 40)), draw(st.integers(1, 20)), draw(st.integers(1, 5))
+    tokens, bits = draw(st.integers(1, 40)), draw(st.integers(1, 20))
+    size = draw(st.one_of(whole_images(), windowed_images()))
+    rows = size.get("num_rows", 1)
     row_bytes, padding = -(-tokens * bits // 8), -tokens * bits % 8
     codes = bytearray(draw(st.binary(min_size=rows * row_bytes, max_size=rows * row_bytes)))
     for last in range(row_bytes - 1, len(codes), row_bytes):
         codes[last] = codes[last] >> padding << padding
-    height = draw(sides)
-    width = draw(st.integers(2, min(65535, 2**27 // height)))  # 2: there is room for a window smaller than it
-    window = draw(st.integers(1, max(height, width) - 1)) if rows > 1 else 0
     return TokenFile(
         tokenizer=draw(st.binary(min_size=16, max_size=16)).hex(),
-        height=height,
-        width=width,
         num_tokens=tokens,
         bits_per_token=bits,
         codes=bytes(codes),
-        num_rows=rows,
-        window=window,
-        overlap=draw(st.integers(0, window - 1)) if rows > 1 else 0,
         name=draw(printable),
+        **size,
     )
 
 
@@ -167,10 +185,17 @@ def test_sizes_of_known_tokenizers(size, tokens, bits):
         ({"height": 65535, "width": 65535}, "must be at most 134217728 pixels"),
         ({"num_tokens": True}, "num_tokens=True"),
         ({"codes": bytes(191)}, "codes have 191 bytes; 1 rows of 192 expected"),
-        ({"window": 16}, "must be 0 where num_rows is 1"),
-        ({"num_rows": 2, "codes": bytes(384)}, "window=0 of num_rows=2"),
-        ({"num_rows": 2, "codes": bytes(384), "window": 32}, "less than the image's longer side, 32"),
-        ({"num_rows": 2, "codes": bytes(384), "window": 16, "overlap": 16}, "more than overlap=16"),
+        ({"overlap": 4}, "overlap=4 must be 0 and num_rows=1 must be 1 where window is 0"),
+        ({"num_rows": 2, "codes": bytes(384)}, "num_rows=2 must be 1 where window is 0"),
+        ({"window": 16, "overlap": 16}, "overlap=16 must be less than window=16"),
+        ({"window": 16}, "num_rows=1 must be 4, the windows of 16 pixels that share 0 in an image of 32 x 32"),
+        ({"window": 16, "overlap": 1, "num_rows": 4, "codes": bytes(768)}, "num_rows=4 must be 9"),
+        ({"window": 33, "num_rows": 4, "codes": bytes(768)}, "num_rows=4 must be 1"),
+        ({"window": 11586}, "window=11586 must be at most 134217728 pixels"),
+        (
+            {"window": 1, "height": 65535, "num_rows": 65535, "codes": bytes(192 * 65535)},
+            "num_rows=65535 must be 2097",
+        ),
         ({"num_tokens": 65535, "bits_per_token": 65535}, f"must be at most {MAX_CODE_BYTES}"),
         ({"num_tokens": 1, "bits_per_token": 3, "codes": b"\x10"}, "bits set behind the last of the 3 bits"),
         ({"name": "a\x1b[31m"}, "printable"),
@@ -202,6 +227,27 @@ def test_files_are_refused_by_name_and_reason(tmp_path, change, message):
     path.write_bytes(change(starter_like().to_bytes()))
     with pytest.raises(ValueError, match=f"a.flowmo: {message}"):
         TokenFile.read(path)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 31), (40, 16), (1, 1), (5, 100), (64, 48)])
+@pytest.mark.parametrize("overlap", [0, 1, 4, 15])
+def test_rows_are_the_windows(size, overlap):
+    """Files that the windows of the pipeline do not fit, also of images that are smaller than a window or just one."""
+    count = len(Windows(*size, 16, overlap))
+    fields = {"height": size[0], "width": size[1], "window": 16, "overlap": overlap}
+    file = starter_like(**fields, num_rows=count, codes=bytes(192 * count))
+    assert TokenFile.from_bytes(file.to_bytes()).windows == {"window_size": 16, "window_overlap": overlap}
+    for wrong in (count - 1, count + 1):
+        with pytest.raises(ValueError, match="num_rows="):
+            starter_like(**fields, num_rows=wrong, codes=bytes(192 * wrong))
+    assert starter_like().windows == {}
+
+
+def test_forged_windows_are_not_laid_out():
+    """A header of 2^27 windows of a pixel each, in a file of the right length and checksum."""
+    numbers = 1 << 14, 1 << 13, 1, 8, 65535, 1, 0
+    data = signed(struct.pack(">7sB16s7HB", MAGIC, 1, bytes(16), *numbers, 0) + bytes(65535))
+    assert read_or_refuse(data) is None  # which measures memory
 
 
 def test_files(tmp_path):

@@ -7,9 +7,10 @@ import PIL.Image
 import pytest
 import torch
 
-from flowmo_diffusers import FlowMoPipeline
+from flowmo_diffusers import FlowMoAutoencoder, FlowMoPipeline, FlowMoScheduler
 from flowmo_diffusers.assets import asset_path
 from flowmo_diffusers.metrics.seams import seam_ratio
+from flowmo_diffusers.models.window_layout import count_windows
 from flowmo_diffusers.models.windows import Windows
 
 
@@ -32,6 +33,7 @@ def test_windows_cover_the_image_with_their_overlap(size, overlap):
         assert all(0 < after - before <= 16 - overlap for before, after in zip(starts, starts[1:], strict=False))
         assert len(starts) == 1 + -(-(length - 16) // (16 - overlap))
     assert (windows.weights > 0).all()
+    assert len(windows) == count_windows(*size, 16, overlap)
 
 
 @pytest.mark.parametrize("overlap", [0, 4, 15])
@@ -111,6 +113,33 @@ def test_a_batch_is_its_images_and_any_window_batch(tiny_pipeline):
     singles = torch.cat([sample(x[:1], [0]), sample(x[1:], [1])])
     torch.testing.assert_close(both, singles, rtol=0, atol=1e-5)
     torch.testing.assert_close(both, sample(x, [0, 1], window_batch_size=4), rtol=0, atol=1e-5)
+
+
+def test_tokens_do_not_depend_on_the_window_batch(tiny_pipeline):
+    """Would catch windows that are put back in another order than they were encoded in."""
+    x = images(24, 40, count=2)
+    one, four = (tiny_pipeline.encode(x, window_size=16, window_batch_size=size) for size in (1, 4))
+    assert one.shape == four.shape and (one == four).float().mean() > 0.99  # but for rounding
+    with pytest.raises(ValueError, match="window_batch_size=0"):
+        tiny_pipeline.encode(x, window_size=16, window_batch_size=0)
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1]])
+def test_draws_do_not_depend_on_the_window_batch(tiny_config, seeds):
+    """Would catch noise of Gaussian codes that is another in another batch, or the same in every window."""
+    torch.manual_seed(0)
+    pipe = FlowMoPipeline(FlowMoAutoencoder(**tiny_config | {"quantizer": "kl"}), FlowMoScheduler())
+
+    def codes(window_batch_size: int) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generator = generators if len(seeds) == 2 else generators[0]
+        return pipe.encode(
+            torch.zeros(2, 3, 24, 40), generator=generator, window_size=16, window_batch_size=window_batch_size
+        )
+
+    one = codes(1)
+    torch.testing.assert_close(one, codes(4), rtol=0, atol=1e-5)
+    assert len(one.flatten(0, 1).flatten(1).unique(dim=0)) == one[..., 0, 0].numel()
 
 
 def test_memory_is_bounded_by_the_window(tiny_pipeline):

@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
             **sampling(args, "decoder_"),
         )
         if args.tokens:
-            first = output.images[0]
-            for job, file in zip(jobs, tokenizer.pack(output.indices, first.height, first.width), strict=True):
+            sizes = tokenizer.sizes(output.images[0].height, output.images[0].width)
+            for job, file in zip(jobs, tokenizer.pack(output.indices, **sizes), strict=True):
                 file.write(job.target.with_suffix(SUFFIX))
         for job, image in zip(jobs, output.images, strict=True):  # last: a job is done when its image is there
             save_image(image, job.target)

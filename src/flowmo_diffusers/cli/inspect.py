@@ -5,9 +5,9 @@ What a token file or a model is.
     flowmo inspect starter
     flowmo inspect my_generator --json
 
-Of a token file it shows the header, once the file has proved whole. Of a model (a folder, a Hub id, or the embedded
-"starter" and "starter_generator") its size, its tokens, how it samples, and its work: FLOPs of matrix products and of
-attention for one image.
+Of a token file it shows the header, once the file has proved whole, and how many windows there are, down and across.
+Of a model (a folder, a Hub id, or the embedded "starter" and "starter_generator") its size, its tokens, how it
+samples, and its work: FLOPs of matrix products and of attention for one image.
 """
 
 import argparse
@@ -38,13 +38,19 @@ def run(args: argparse.Namespace) -> int:
 def describe_file(path: str) -> dict[str, Any]:
     """Of a token file, as plain JSON values. Raises as [`TokenFile.read`]."""
     from flowmo_diffusers.data.token_file import VERSION, TokenFile
+    from flowmo_diffusers.models.window_layout import count_along
 
     file = TokenFile.read(path)
+    windows = {}
+    if file.window:
+        sides = [count_along(side, file.window, file.overlap) for side in (file.height, file.width)]
+        windows = {"windows": f"{sides[0]} x {sides[1]} of {file.window} x {file.window} pixels"}
     names = ("name", "tokenizer", "height", "width", "num_tokens", "bits_per_token", "num_rows", "window", "overlap")
     return {
         "kind": "token file",
         "version": VERSION,
         **{name: getattr(file, name) for name in names},
+        **windows,
         "code_bytes": len(file.codes),
         "file_bytes": Path(path).stat().st_size,
     }

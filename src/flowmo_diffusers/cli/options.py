@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from flowmo_diffusers.engine.options import resolution
+from flowmo_diffusers.models.window_layout import count_windows
 
 
 STARTER = "starter"
@@ -46,12 +47,44 @@ def add_size_options(parser: argparse.ArgumentParser) -> None:
     add("--keep_size", action="store_true", help="images keep their own size, down to a multiple of the patch size")
 
 
+def add_window_options(parser: argparse.ArgumentParser, told: bool = False) -> None:
+    """
+    `args.windows` says whether there are any, after [`check_size_options`].
+
+    Args:
+        told: Whether the windows are told by what is read.
+    """
+    add = parser.add_argument_group("windows, for images of any size").add_argument
+    if not told:
+        text = "each image at its own size, to the pixel (or at that of --resolution, or --height and --width), in "
+        text += "windows of the model's sample_size that overlap; each window has the tokens of one image"
+        add("--windows", action="store_true", help=text)
+        text = "side of a window in pixels, a multiple of the patch size; turns --windows on"
+        add("--window_size", type=positive, help=text)
+        text = "pixels that neighbours share at least (default: a quarter of the side); turns --windows on"
+        add("--window_overlap", type=not_negative, help=text)
+    text = "windows of each image at a time (default: as many as make --batch_size windows in all)"
+    add("--window_batch_size", type=positive, help=text)
+
+
 def check_size_options(args: argparse.Namespace) -> None:
     """Ends the program where they contradict each other."""
+    args.windows = args.windows or args.window_size is not None or args.window_overlap is not None
+    if args.window_batch_size and not args.windows:
+        args.usage_error("--window_batch_size needs --windows")
     if (args.height is None) != (args.width is None):
         args.usage_error("--height and --width must be given together")
     if sum(map(bool, (args.resolution, args.height, args.keep_size))) > 1:
         args.usage_error("give one of --resolution, --height with --width, and --keep_size")
+
+
+def size_text(height: int, width: int, window_size: int = 0, window_overlap: int = 0) -> str:
+    """What a command prints of an image; `window_size` is 0 without windows."""
+    text = f"{height} x {width} pixels"
+    if not window_size:
+        return text
+    windows = count_windows(height, width, window_size, window_overlap)
+    return f"{text} in {windows} window{'s' if windows > 1 else ''}"
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, prefix: str = "") -> None:

@@ -19,6 +19,7 @@ from flowmo_diffusers.data.token_file import TokenFile
 from flowmo_diffusers.data.tokens import tokenizer_identity
 from flowmo_diffusers.data.transforms import ImageTransform
 from flowmo_diffusers.engine.files import atomic_file
+from flowmo_diffusers.models.window_layout import count_windows, default_overlap
 from flowmo_diffusers.pipelines.pipeline_flowmo import FlowMoPipeline
 from flowmo_diffusers.schedulers.scheduling_flowmo import FlowMoScheduler
 
@@ -49,24 +50,42 @@ class Tokenizer:
     identity: dict[str, Any] | None
     name: str
 
-    def pack(self, indices: torch.Tensor, height: int, width: int) -> list[TokenFile]:
+    def sizes(self, height: int, width: int, window_size: int = 0, window_overlap: int = 0) -> dict[str, int]:
         """
+        What a [`TokenFile`] says of an image.
+
         Args:
-            indices: (b, tokens, groups).
-            height: Of the images in pixels, as is `width`.
+            height: In pixels, as is `width`.
+            window_size: 0 without windows.
         """
         autoencoder = self.pipeline.autoencoder
+        return {
+            "height": height,
+            "width": width,
+            "num_tokens": autoencoder.config.num_latent_tokens,
+            "bits_per_token": autoencoder.bits_per_token,
+            "num_rows": count_windows(height, width, window_size, window_overlap) if window_size else 1,
+            "window": window_size,
+            "overlap": window_overlap,
+        }
+
+    def pack(self, indices: torch.Tensor, **sizes: int) -> list[TokenFile]:
+        """
+        Args:
+            indices: (b, tokens, groups), or (b, windows, tokens, groups).
+            sizes: Of [`~Tokenizer.sizes`].
+        """
+        autoencoder = self.pipeline.autoencoder
+        packed = autoencoder.pack_codes(autoencoder.indices_to_codes(indices.flatten(0, -3)))
+        rows = sizes["num_rows"]
         return [
             TokenFile(
                 tokenizer=self.identity["digest"],
-                height=height,
-                width=width,
-                num_tokens=autoencoder.config.num_latent_tokens,
-                bits_per_token=autoencoder.bits_per_token,
-                codes=packed,
+                codes=b"".join(packed[first : first + rows]),
                 name=self.name,
+                **sizes,
             )
-            for packed in autoencoder.pack_codes(autoencoder.indices_to_codes(indices))
+            for first in range(0, len(packed), rows)
         ]
 
 
@@ -132,25 +151,40 @@ def generators(seed: int, count: int) -> list[torch.Generator]:
 
 def image_reader(args: argparse.Namespace, pipeline: FlowMoPipeline) -> Callable[[Path], torch.Tensor]:
     """
-    By the options of [`add_size_options`], a function of an image's path that gives (1, channels, h, w) in [-1, 1].
-    Where proportions are kept it resizes as training does, else as the pipeline.
+    By the options of [`add_size_options`] and [`add_window_options`], a function of an image's path that gives
+    (1, channels, h, w) in [-1, 1]. Where proportions are kept it resizes as training does, else as the pipeline.
 
     Raises:
-        ValueError: If the size is not a multiple of the patch size; the function, if an image cannot be used.
+        ValueError: If the size is not a multiple of the patch size and there are no windows, or these cannot be; the
+            function, if an image cannot be used.
     """
     side = pipeline.autoencoder.config.sample_size
     height, width = (args.height, args.width) if args.height else args.resolution or (side, side)
-    pipeline.check_inputs((1, 3, height, width), None, None, None, None, "pil", ())
-    if args.keep_size:
-        return lambda path: _whole_patches(decode_image(path), pipeline)
+    pipeline.check_inputs((1, 3, height, width), None, None, None, None, "pil", (), **windows(args, pipeline))
+    if args.keep_size or args.windows and not (args.height or args.resolution):
+        patch = 1 if args.windows else pipeline.autoencoder.config.patch_size
+        return lambda path: _own_size(decode_image(path), patch, pipeline)
     if args.height:
         return lambda path: pipeline.image_processor.preprocess(decode_image(path), height, width)
     transform = ImageTransform((height, width))
     return lambda path: transform(decode_image(path))[None]
 
 
-def _whole_patches(image: PIL.Image.Image, pipeline: FlowMoPipeline) -> torch.Tensor:
-    patch = pipeline.autoencoder.config.patch_size
+def windows(args: argparse.Namespace, pipeline: FlowMoPipeline) -> dict[str, int]:
+    """The options of [`add_window_options`] as arguments of a pipeline's call; none where there are no windows."""
+    if not args.windows:
+        return {}
+    size = args.window_size or pipeline.autoencoder.config.sample_size
+    overlap = default_overlap(size) if args.window_overlap is None else args.window_overlap
+    return {"window_size": size, "window_overlap": overlap}
+
+
+def window_batch_size(args: argparse.Namespace, count: int) -> int:
+    """How many windows of each of so many images at a time, so that there is room where there is for images."""
+    return args.window_batch_size or max(1, args.batch_size // count)
+
+
+def _own_size(image: PIL.Image.Image, patch: int, pipeline: FlowMoPipeline) -> torch.Tensor:
     if min(image.size) < patch:
         raise BadImage(f"{image.height} x {image.width} pixels are less than a patch of {patch} x {patch}")
     height, width = (side // patch * patch for side in (image.height, image.width))

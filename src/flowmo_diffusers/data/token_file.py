@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmo_diffusers.engine.files import atomic_file
+from flowmo_diffusers.models.window_layout import count_windows
 
 
 SUFFIX = ".flowmo"
@@ -37,9 +38,10 @@ class TokenFile:
         num_tokens: Of a row, from 1 to 65 535.
         bits_per_token: From 1 to 65 535.
         codes: Rows of [`~FlowMoAutoencoder.pack_codes`] one after the other, at most 2^28 bytes.
-        num_rows: 1, or the number of windows that a large image was divided into, up to 65 535.
-        window: Side of a window in pixels, 0 where there is one row.
-        overlap: Pixels that neighbouring windows share, less than `window`; 0 where there is one row.
+        num_rows: 1, or as many as there are [`~flowmo_diffusers.models.windows.Windows`], at most 65 535.
+        window: Side of a window in pixels; 0 where the image was encoded as a whole. An image smaller than a window
+            was extended to one, which has at most 2^27 pixels as well.
+        overlap: Pixels that neighbouring windows share at least, less than `window`; 0 where there are none.
         name: Of the tokenizer for people, not checked against anything: at most 255 bytes of UTF-8, all printable.
 
     Raises:
@@ -60,25 +62,11 @@ class TokenFile:
     def __post_init__(self):
         if len(self.tokenizer) != 32 or set(self.tokenizer) - set("0123456789abcdef"):
             raise ValueError(f"tokenizer={self.tokenizer!r} must be 32 hex digits")
-        for field in ("height", "width", "num_tokens", "bits_per_token", "num_rows"):
-            _check_number(field, getattr(self, field), 1)
-        for field in ("window", "overlap"):
-            _check_number(field, getattr(self, field), 0)
-        if self.height * self.width > MAX_PIXELS:
-            raise ValueError(f"height={self.height} x width={self.width} must be at most {MAX_PIXELS} pixels")
-        if self.num_rows == 1 and (self.window or self.overlap):
-            raise ValueError(f"window={self.window} and overlap={self.overlap} must be 0 where num_rows is 1")
-        if self.num_rows > 1 and not self.overlap < self.window < max(self.height, self.width):
-            raise ValueError(
-                f"window={self.window} of num_rows={self.num_rows} must be more than overlap={self.overlap} and less "
-                f"than the image's longer side, {max(self.height, self.width)}"
-            )
+        sizes = "height", "width", "num_tokens", "bits_per_token", "num_rows", "window", "overlap"
+        check_sizes(**{field: getattr(self, field) for field in sizes})
         if not self.name.isprintable() or len(self.name.encode(errors="replace")) > 255:
             raise ValueError(f"name={self.name!r} must be at most 255 bytes of printable characters")
-        size = self.num_rows * self.row_bytes
-        if size > MAX_CODE_BYTES:
-            raise ValueError(f"codes of {size} bytes must be at most {MAX_CODE_BYTES}")
-        if len(self.codes) != size:
+        if len(self.codes) != self.num_rows * self.row_bytes:
             raise ValueError(f"codes have {len(self.codes)} bytes; {self.num_rows} rows of {self.row_bytes} expected")
         padding = (1 << -self.bits % 8) - 1
         if any(last & padding for last in self.codes[self.row_bytes - 1 :: self.row_bytes]):
@@ -92,12 +80,17 @@ class TokenFile:
     @property
     def row_bytes(self) -> int:
         """Length of a row: its bits, rounded up to whole bytes."""
-        return -(-self.bits // 8)
+        return _row_bytes(self.num_tokens, self.bits_per_token)
 
     @property
     def packed(self) -> list[bytes]:
-        """The rows, as [`~FlowMoPipeline.decode`] takes them."""
+        """The rows, as [`~FlowMoAutoencoder.unpack_codes`] takes them."""
         return [self.codes[i : i + self.row_bytes] for i in range(0, len(self.codes), self.row_bytes)]
+
+    @property
+    def windows(self) -> dict[str, int]:
+        """Arguments of [`~FlowMoPipeline.decode`] that say in which windows the image was encoded; none if in none."""
+        return {"window_size": self.window, "window_overlap": self.overlap} if self.window else {}
 
     def check_tokenizer(self, identity: Mapping[str, Any]) -> None:
         """
@@ -178,6 +171,49 @@ class TokenFile:
                 raise ValueError(f"{path}: {error}") from None
 
 
+def check_sizes(
+    *,
+    height: int,
+    width: int,
+    num_tokens: int,
+    bits_per_token: int,
+    num_rows: int = 1,
+    window: int = 0,
+    overlap: int = 0,
+) -> None:
+    """
+    The arguments are those of [`TokenFile`].
+
+    Raises:
+        ValueError: If no token file can have them; names one. Takes no time, whatever they are.
+    """
+    _check_number("height", height, 1)
+    _check_number("width", width, 1)
+    _check_number("num_tokens", num_tokens, 1)
+    _check_number("bits_per_token", bits_per_token, 1)
+    _check_number("num_rows", num_rows, 1)
+    _check_number("window", window, 0)
+    _check_number("overlap", overlap, 0)
+    if not window and (overlap or num_rows != 1):
+        raise ValueError(f"overlap={overlap} must be 0 and num_rows={num_rows} must be 1 where window is 0")
+    if window and not overlap < window:
+        raise ValueError(f"overlap={overlap} must be less than window={window}")
+    if max(height, window) * max(width, window) > MAX_PIXELS:
+        raise ValueError(f"height={height} x width={width}, window={window} must be at most {MAX_PIXELS} pixels")
+    if window and num_rows != (expected := count_windows(height, width, window, overlap)):
+        raise ValueError(
+            f"num_rows={num_rows} must be {expected}, the windows of {window} pixels that share {overlap} in an image "
+            f"of {height} x {width}"
+        )
+    size = num_rows * _row_bytes(num_tokens, bits_per_token)
+    if size > MAX_CODE_BYTES:
+        raise ValueError(f"codes of {size} bytes must be at most {MAX_CODE_BYTES}")
+
+
+def _row_bytes(num_tokens: int, bits_per_token: int) -> int:
+    return -(-num_tokens * bits_per_token // 8)
+
+
 def _check_number(field: str, value: int, least: int) -> None:
     if type(value) is not int or not least <= value <= 65535:
         raise ValueError(f"{field}={value!r} must be a whole number from {least} to 65535")
@@ -192,7 +228,7 @@ def _check_length(start: bytes, size: int) -> None:
     if len(start) < _HEADER.size:
         raise ValueError(f"cut off: {size} bytes, less than the header's {_HEADER.size}")
     *_, tokens, bits, rows, _, _, length = _HEADER.unpack_from(start)
-    declared = _HEADER.size + length + rows * -(-tokens * bits // 8) + _CHECKSUM.size
+    declared = _HEADER.size + length + rows * _row_bytes(tokens, bits) + _CHECKSUM.size
     if size < declared:
         raise ValueError(f"cut off: {size} bytes of {declared}")
     if size > declared:

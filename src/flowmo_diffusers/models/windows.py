@@ -1,9 +1,10 @@
 """Overlapping windows over an image of any size, whose velocities are blended (the paper's way beyond 256²)."""
 
-import math
 from functools import cached_property
 
 import torch
+
+from flowmo_diffusers.models.window_layout import default_overlap, starts_along
 
 
 class Windows:
@@ -31,7 +32,7 @@ class Windows:
             raise ValueError(f"height={height} and width={width} must be at least 1 pixel")
         if size < 1:
             raise ValueError(f"window_size={size} must be at least 1 pixel")
-        overlap = size // 4 if overlap is None else overlap
+        overlap = default_overlap(size) if overlap is None else overlap
         if not 0 <= overlap < size:
             raise ValueError(f"window_overlap={overlap} must be at least 0 and less than window_size={size}")
         self.size, self.overlap = size, overlap
@@ -39,12 +40,16 @@ class Windows:
         self.canvas = (max(height, size), max(width, size))
         self.boxes = [
             (top, left)
-            for top in _starts(self.canvas[0], size, size - overlap)
-            for left in _starts(self.canvas[1], size, size - overlap)
+            for top in starts_along(self.canvas[0], size, overlap)
+            for left in starts_along(self.canvas[1], size, overlap)
         ]
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    def batches(self, size: int) -> list[range]:
+        """The windows' numbers, so many at a time."""
+        return [range(first, min(first + size, len(self))) for first in range(0, len(self), size)]
 
     def borders(self) -> tuple[list[int], list[int]]:
         """Rows and columns at which a window begins or ends inside the image: where a seam would be."""
@@ -71,9 +76,10 @@ class Windows:
     def add(self, total: torch.Tensor, crops: torch.Tensor, windows: range) -> None:
         """Adds what was computed in these windows to `total` (b, c, h, w), so that over all windows the weights of a
         pixel sum to 1."""
-        weight, weights = self.weight.to(total), self.weights.to(total)
+        weight = self.weight.to(total)
         for crop, box in zip(crops.unbind(1), [self.boxes[i] for i in windows], strict=True):
-            self._view(total, box).add_(crop * (weight / self._view(weights, box)))
+            weights = self._view(self.weights, box).to(total)  # of the box only: the canvas may be large
+            self._view(total, box).add_(crop * (weight / weights))
 
     @cached_property
     def weight(self) -> torch.Tensor:
@@ -93,9 +99,3 @@ class Windows:
     def _view(self, canvas: torch.Tensor, box: tuple[int, int]) -> torch.Tensor:
         top, left = box
         return canvas[..., top : top + self.size, left : left + self.size]
-
-
-def _starts(length: int, size: int, stride: int) -> list[int]:
-    last = length - size
-    steps = math.ceil(last / stride)
-    return [round(i * last / steps) for i in range(steps + 1)] if steps else [0]

@@ -122,6 +122,7 @@ def _reconstruct_tab(
     with gr.Row():
         original, tokens, result = picture("Original"), picture("Tokens"), picture("Reconstruction")
     figures = gr.Markdown(elem_id="figures")
+    whole = gr.Checkbox(False, label="The whole image, in windows", info=_about_windows(workbench), elem_id="whole")
     with gr.Row():
         run = gr.Button("Reconstruct", variant="primary")
         show_steps = gr.Button("Show the steps")
@@ -135,9 +136,15 @@ def _reconstruct_tab(
     )
 
     @refusing
-    def reconstruct(file, side, *settings, progress=gr.Progress()):  # noqa: B008, which is how Gradio asks for it
-        done = workbench.reconstruct(uploaded(file), side, Sampling(*settings), progress_bar(progress))
-        return done.original, bit_picture(done.bits), done.image, figures_table(done.figures)
+    def reconstruct(file, side, whole, *settings, progress=gr.Progress()):  # noqa: B008, which is how Gradio asks for it
+        file, sampling, report = uploaded(file), Sampling(*settings), progress_bar(progress)
+        if whole:
+            done = workbench.reconstruct_whole(file, sampling, report)
+            shown = gr.update(value=None, visible=False)
+        else:
+            done = workbench.reconstruct(file, side, sampling, report)
+            shown = gr.update(value=bit_picture(done.bits), visible=True)
+        return done.original, shown, done.image, figures_table(done.figures)
 
     @refusing
     def animate(file, side, *settings, progress=gr.Progress()):  # noqa: B008
@@ -148,8 +155,8 @@ def _reconstruct_tab(
             kept = save_bytes_to_cache(path.read_bytes(), path.name, steps.GRADIO_CACHE)
         return gr.update(value=kept, visible=True)
 
-    inputs, outputs = [image, side, *sampling], [original, tokens, result, figures]
-    triggers = [run.click, *when_set([side, *sampling])]
+    inputs, outputs = [image, side, whole, *sampling], [original, tokens, result, figures]
+    triggers = [run.click, whole.input, *when_set([side, *sampling])]
     gr.on(triggers, reconstruct, inputs, outputs, api_name="reconstruct", trigger_mode="always_last", **model)
     for change in changes:
         change.success(reconstruct, inputs, outputs, api_visibility="private", trigger_mode="always_last", **model)
@@ -277,7 +284,17 @@ def _heading(workbench: Workbench) -> str:
     return (
         "# FlowMo\n"
         f"An image becomes {tokens} tokens of {bits} bits, and these an image again. This tokenizer was made for "
-        f"{side} × {side} pixels; images are cropped to the square in their middle and resized."
+        f"{side} × {side} pixels; images are cropped to the square in their middle and resized, or taken whole, in "
+        "windows of that size."
+    )
+
+
+def _about_windows(workbench: Workbench) -> str:
+    side, pixels = workbench.autoencoder.config.sample_size, f"{workbench.max_pixels:,}".replace(",", " ")
+    return (
+        f"Instead of the square: overlapping windows of {side} × {side} pixels, each with tokens of its own. An image "
+        f"of more than {pixels} pixels is made smaller before. The picture of tokens, the steps and “Edit tokens” are "
+        "of the square only."
     )
 
 

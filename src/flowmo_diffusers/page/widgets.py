@@ -89,6 +89,7 @@ def progress_bar(progress: gr.Progress) -> Progress:
 def figures_table(figures: Figures, compared: str = "PSNR") -> str:
     """Figures as a table in Markdown, with `compared` over the PSNR."""
     columns = {
+        "windows": None if figures.windows is None else f"{figures.windows}",
         "bits": f"{figures.bits}",
         "bytes": f"{figures.num_bytes}",
         "bits a pixel": f"{figures.bits_per_pixel:.3g}",

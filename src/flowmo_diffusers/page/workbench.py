@@ -1,5 +1,6 @@
 """What the demo page computes. Nothing here knows of the page, and no call leaves a trace for the next one."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from diffusers.image_processor import VaeImageProcessor
 from flowmo_diffusers.data.decoding import decode_image
 from flowmo_diffusers.data.transforms import ImageTransform
 from flowmo_diffusers.metrics.reconstruction import psnr
+from flowmo_diffusers.models.windows import Windows
 from flowmo_diffusers.page.bits import flip_bits, mix_tokens, unpack
 from flowmo_diffusers.page.bits import pack as pack_bits
 from flowmo_diffusers.pipelines.animation import Trajectory
@@ -23,6 +25,10 @@ from flowmo_diffusers.pipelines.saving import Callback
 from flowmo_diffusers.schedulers.scheduling_flowmo import FlowMoScheduler
 from flowmo_diffusers.schedulers.scheduling_flowmo_tokens import FlowMoTokenScheduler
 
+
+# The largest image that is taken whole, as a multiple of the model's own area: 121 windows of a square, 170 at most.
+MAX_AREA = 64
+WINDOW_BATCH_SIZE = 8
 
 # Told after each step how many are done, and of how many.
 Progress = Callable[[int, int], None]
@@ -50,13 +56,14 @@ class Sampling:
 class Figures:
     """
     Args:
-        bits: Of an image's tokens.
+        bits: Of an image's tokens, of all its windows.
         num_bytes: Likewise, packed.
         bits_per_pixel: bits / (height x width).
-        forwards: How often an image passes through the decoder.
+        forwards: How often an image, or each of its windows, passes through the decoder.
         seconds: Of the model, for all images.
         psnr: In dB, of the two images that are compared; `None` where none are.
         changed: Bits that differ from the image's own; `None` where nothing was edited.
+        windows: How many; `None` where the image was not seen in windows.
     """
 
     bits: int
@@ -66,6 +73,7 @@ class Figures:
     seconds: float
     psnr: float | None = None
     changed: int | None = None
+    windows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,13 +81,13 @@ class Reconstruction:
     """
     Args:
         original: The image as the model was given it.
-        bits: (tokens, bits) bool.
+        bits: (tokens, bits) bool; `None` where there are windows.
         image: Decoded from them.
         figures: PSNR is that of `image` against `original`.
     """
 
     original: PIL.Image.Image
-    bits: np.ndarray
+    bits: np.ndarray | None
     image: PIL.Image.Image
     figures: Figures
 
@@ -139,6 +147,11 @@ class Workbench:
         return self.autoencoder.bits_per_token
 
     @property
+    def max_pixels(self) -> int:
+        """Of an image that is taken whole, extended to a window where it is smaller than one."""
+        return MAX_AREA * self.autoencoder.config.sample_size**2
+
+    @property
     def recipe(self) -> Sampling:
         """The sampling of the tokenizer's own scheduler."""
         config = self.scheduler_config
@@ -169,7 +182,38 @@ class Workbench:
         (bits,) = self._encode([original])
         (image,) = self._decode([bits], side, sampling, _reporting(progress))
         seconds = time.perf_counter() - started
-        return Reconstruction(original, bits, image, self._figures(side, sampling, seconds, _psnr(original, image)))
+        figures = self._figures((side, side), sampling, seconds, _psnr(original, image))
+        return Reconstruction(original, bits, image, figures)
+
+    def reconstruct_whole(
+        self, file: str | Path, sampling: Sampling, progress: Progress | None = None
+    ) -> Reconstruction:
+        """
+        An image of any height and width through the tokens of its [`Windows`] of the model's size.
+
+        Args:
+            file: Of any format; an image of more than [`~Workbench.max_pixels`] is made smaller in its proportions.
+
+        Raises:
+            ValueError: If it is no image, or an argument is out of range.
+        """
+        original = self._bounded(decode_image(file))
+        size = original.height, original.width
+        windows = Windows(*size, self.autoencoder.config.sample_size)
+        started = time.perf_counter()
+        (image,) = self._pipeline(sampling)(
+            original,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            generator=torch.Generator().manual_seed(sampling.seed),
+            callback_on_step_end=_reporting(progress),
+            window_size=windows.size,
+            window_overlap=windows.overlap,
+            window_batch_size=WINDOW_BATCH_SIZE,
+        ).images
+        seconds = time.perf_counter() - started
+        figures = self._figures(size, sampling, seconds, _psnr(original, image), windows=len(windows))
+        return Reconstruction(original, None, image, figures)
 
     def trajectory(
         self, file: str | Path, side: int, sampling: Sampling, progress: Progress | None = None
@@ -208,7 +252,7 @@ class Workbench:
         flipped = flip_bits(bits, count, np.random.default_rng(seed), first, last)
         images = self._decode([bits, flipped], side, sampling, _reporting(progress))
         seconds = time.perf_counter() - started
-        figures = self._figures(side, sampling, seconds, _psnr(*images), int((flipped != bits).sum()))
+        figures = self._figures((side, side), sampling, seconds, _psnr(*images), int((flipped != bits).sum()))
         return Edit(images[:1], flipped, flipped != bits, images[1], figures)
 
     def mix(
@@ -237,7 +281,8 @@ class Workbench:
         mixed, taken = mix_tokens(bits, others, count, rng)
         images = self._decode([bits, others, mixed], side, sampling, _reporting(progress))
         seconds = time.perf_counter() - started
-        figures = self._figures(side, sampling, seconds, _psnr(images[0], images[2]), int((mixed != bits).sum()))
+        changed = int((mixed != bits).sum())
+        figures = self._figures((side, side), sampling, seconds, _psnr(images[0], images[2]), changed)
         return Edit(images[:2], mixed, taken, images[2], figures)
 
     def generate(
@@ -283,11 +328,19 @@ class Workbench:
         seconds = time.perf_counter() - started
         side = self.autoencoder.config.sample_size
         codes = self.autoencoder.indices_to_codes(output.indices)
-        return output.images, self._bits(codes), self._figures(side, sampling, seconds)
+        return output.images, self._bits(codes), self._figures((side, side), sampling, seconds)
 
     def _read(self, file: str | Path, side: int) -> PIL.Image.Image:
         pixels = ImageTransform(side)(decode_image(file))
         return _pictures(pixels[None])[0]
+
+    def _bounded(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        """In its proportions, of at most `max_pixels`; a side that is shorter than a window counts as one."""
+        longest = self.max_pixels / self.autoencoder.config.sample_size
+        scale = min((self.max_pixels / (image.width * image.height)) ** 0.5, longest / max(image.size))
+        if scale >= 1:
+            return image
+        return image.resize([max(1, int(side * scale)) for side in image.size], PIL.Image.Resampling.LANCZOS)
 
     def _encode(self, images: Sequence[PIL.Image.Image]) -> list[np.ndarray]:
         pipeline = FlowMoPipeline(self.autoencoder, FlowMoScheduler.from_config(self.scheduler_config))
@@ -299,9 +352,7 @@ class Workbench:
     def _decode(
         self, bits: Sequence[np.ndarray], side: int, sampling: Sampling, callback: Callback
     ) -> list[PIL.Image.Image]:
-        pipeline = FlowMoPipeline(self.autoencoder, self._scheduler(sampling))
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline.decode(
+        return self._pipeline(sampling).decode(
             [pack_bits(one) for one in bits],
             side,
             side,
@@ -311,6 +362,11 @@ class Workbench:
             callback_on_step_end=callback,
         )
 
+    def _pipeline(self, sampling: Sampling) -> FlowMoPipeline:
+        pipeline = FlowMoPipeline(self.autoencoder, self._scheduler(sampling))
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
     def _noise(self, side: int, sampling: Sampling) -> torch.Tensor:
         return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(sampling.seed))
 
@@ -318,12 +374,18 @@ class Workbench:
         return FlowMoScheduler.from_config(self.scheduler_config, rho=sampling.rho)
 
     def _figures(
-        self, side: int, sampling: Sampling, seconds: float, psnr: float | None = None, changed: int | None = None
+        self,
+        size: tuple[int, int],
+        sampling: Sampling,
+        seconds: float,
+        psnr: float | None = None,
+        changed: int | None = None,
+        windows: int | None = None,
     ) -> Figures:
-        bits = self.num_tokens * self.bits_per_token
-        pipeline = FlowMoPipeline(self.autoencoder, self._scheduler(sampling))
-        forwards = pipeline.num_forwards(sampling.num_inference_steps, sampling.guidance_scale)
-        return Figures(bits, self.autoencoder.bytes_per_image, bits / side**2, forwards, seconds, psnr, changed)
+        rows = windows or 1
+        bits, num_bytes = rows * self.num_tokens * self.bits_per_token, rows * self.autoencoder.bytes_per_image
+        forwards = self._pipeline(sampling).num_forwards(sampling.num_inference_steps, sampling.guidance_scale)
+        return Figures(bits, num_bytes, bits / math.prod(size), forwards, seconds, psnr, changed, windows)
 
 
 def _psnr(x: PIL.Image.Image, y: PIL.Image.Image) -> float:
