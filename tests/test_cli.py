@@ -200,7 +200,7 @@ def test_images_of_too_many_windows_are_named(photos, tmp_path, capsys):
     words = ("--window_size", 4, "--window_overlap", 0)
     assert flowmo("encode", photos / "large.png", photos / "a.png", "--output", tmp_path / "out", *words) == 1
     assert below(tmp_path / "out") == ["a.flowmo"]
-    assert "large.png: num_rows=250000 must be a whole number from 1 to 65535" in capsys.readouterr().err
+    assert "large.png: 250000 windows are more than the 65535 of a token file" in capsys.readouterr().err
 
 
 def test_bad_images_are_named_and_the_others_encoded(photos, tmp_path, capsys):

@@ -191,6 +191,8 @@ def check_sizes(
     _check_number("width", width, 1)
     _check_number("num_tokens", num_tokens, 1)
     _check_number("bits_per_token", bits_per_token, 1)
+    if window and num_rows > 65535:
+        raise ValueError(f"{num_rows} windows are more than the 65535 of a token file: larger ones, or less overlap")
     _check_number("num_rows", num_rows, 1)
     _check_number("window", window, 0)
     _check_number("overlap", overlap, 0)
