@@ -15,8 +15,7 @@ from pathlib import Path
 import PIL.Image
 import torch
 
-from flowmo_diffusers import FlowMoPipeline
-from flowmo_diffusers.assets import asset_path
+from flowmo_diffusers import FlowMoPipeline, starter
 from flowmo_diffusers.metrics.pictures import labelled_rows
 from flowmo_diffusers.metrics.reconstruction import psnr
 from flowmo_diffusers.metrics.report import environment, markdown_table, write_json
@@ -28,7 +27,7 @@ from flowmo_diffusers.pipelines.images import images_to_tensor
 def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", type=Path)
-    parser.add_argument("--pretrained_model_name_or_path", default=asset_path("starter"))
+    parser.add_argument("--pretrained_model_name_or_path", default=starter())
     parser.add_argument("--window_size", type=int, help="Default: the model's own size.")
     parser.add_argument("--overlaps", type=int, nargs="+", default=[0, 4, 8, 16], help="In pixels; 0 is tiles.")
     parser.add_argument("--window_batch_size", type=int, default=16)

@@ -276,8 +276,8 @@ find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "peft" else find(name, *rest)
 sys.modules["peft"] = None
 from flowmo_diffusers import FlowMoPipeline
-from flowmo_diffusers.assets import asset_path
-pipe = FlowMoPipeline.from_pretrained(asset_path("starter"))
+from flowmo_diffusers.assets import starter
+pipe = FlowMoPipeline.from_pretrained(starter())
 pipe.save_pretrained(sys.argv[1])
 pipe.autoencoder.load_lora_adapter(sys.argv[1])
 """

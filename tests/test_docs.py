@@ -33,7 +33,7 @@ from flowmo_diffusers import (
     FlowMoScheduler,
     FlowMoTokenScheduler,
 )
-from flowmo_diffusers.assets import asset_path
+from flowmo_diffusers.assets import starter
 from flowmo_diffusers.hub.convert import save_published
 from flowmo_diffusers.hub.remote_code import export_remote_code
 
@@ -62,7 +62,7 @@ SUBSTITUTIONS = {
 GIVEN = {
     "README.md": lambda: {"SHAPES": {"codebook_bits": 8, "sample_size": 32, "num_latent_tokens": 64}},
     "docs/tokens.md": lambda: {
-        "pipe": FlowMoPipeline.from_pretrained(asset_path("starter")),
+        "pipe": FlowMoPipeline.from_pretrained(starter()),
         "image": _noise(1, 32)[0],
     },
     "docs/evaluation.md": lambda: {

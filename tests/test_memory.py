@@ -19,7 +19,7 @@ from flowmo_diffusers import (
     FlowMoScheduler,
     FlowMoTokenScheduler,
 )
-from flowmo_diffusers.assets import asset_path
+from flowmo_diffusers.assets import starter
 from flowmo_diffusers.data.images import load_images, stack_images
 from flowmo_diffusers.metrics.reconstruction import psnr
 
@@ -326,7 +326,7 @@ def test_float8_keeps_the_starters_pictures(tmp_path):
     images = stack_images(load_images("emoji", cache_dir=str(tmp_path))["test"].select(range(8)), 32)
     outputs, sizes = [], []
     for cast in (False, True):
-        pipe = FlowMoPipeline.from_pretrained(asset_path("starter"))
+        pipe = FlowMoPipeline.from_pretrained(starter())
         pipe.set_progress_bar_config(disable=True)
         if cast:
             pipe.autoencoder.enable_layerwise_casting(storage_dtype=FLOAT8, compute_dtype=torch.float32)

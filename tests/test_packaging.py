@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 PIPELINE_MODULE = "flowmo_diffusers.pipelines.pipeline_flowmo"
 IMPORT = """
 import flowmo_diffusers
-from flowmo_diffusers import FlowMoPipeline
+from flowmo_diffusers import FlowMoPipeline, starter
 from flowmo_diffusers.assets import asset_path
 from flowmo_diffusers.objectives.perceptual import load_perceptual_network
-pipeline = FlowMoPipeline.from_pretrained(asset_path("starter"))
+pipeline = FlowMoPipeline.from_pretrained(starter())
 load_perceptual_network("lpips-alex")
 asset_path("emoji", "train.parquet")
 print(flowmo_diffusers.__file__, FlowMoPipeline.__module__)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from token_models import build_generator
 
 from flowmo_diffusers import FlowMoGenerationPipeline, FlowMoPipeline, FlowMoTokenScheduler
-from flowmo_diffusers.assets import asset_path
+from flowmo_diffusers.assets import starter
 from flowmo_diffusers.hub import remote_code, single_file
 from flowmo_diffusers.hub.cards import write_model_card
 from flowmo_diffusers.hub.remote_code import export_remote_code
@@ -311,7 +311,7 @@ def test_one_name_for_two_things(toy):
 
 def test_operators_of_the_package_stay(tmp_path):
     """Would catch exported code that, loaded beside the package, takes the place of its operators."""
-    export_remote_code(FlowMoPipeline.from_pretrained(asset_path("starter")), tmp_path / "code")
+    export_remote_code(FlowMoPipeline.from_pretrained(starter()), tmp_path / "code")
     source = (tmp_path / "code" / "autoencoder" / "autoencoder_flowmo.py").read_text()
     assert OPERATOR.name().replace("flowmo_diffusers::", "flowmo_diffusers_remote::") in source
     assert OPERATOR.name() not in source and "torch.ops.flowmo_diffusers." not in source

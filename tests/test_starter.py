@@ -3,7 +3,7 @@
 import torch
 
 from flowmo_diffusers import FlowMoGenerationPipeline, FlowMoPipeline
-from flowmo_diffusers.assets import asset_path
+from flowmo_diffusers.assets import starter, starter_generator
 from flowmo_diffusers.data.images import load_images, stack_images
 from flowmo_diffusers.data.tokens import tokenizer_identity
 from flowmo_diffusers.metrics.reconstruction import psnr
@@ -12,7 +12,7 @@ from flowmo_diffusers.objectives.perceptual import load_perceptual_network
 
 def test_starter_reconstructs_images_it_never_saw(tmp_path):
     """A starter that was not trained, was trained on what it is shown here, or no longer computes what it learned."""
-    pipeline = FlowMoPipeline.from_pretrained(asset_path("starter"))
+    pipeline = FlowMoPipeline.from_pretrained(starter())
     pipeline.set_progress_bar_config(disable=True)
     held_out = load_images("emoji", cache_dir=str(tmp_path))["test"].select(range(32))
     images = stack_images(held_out, pipeline.autoencoder.config.sample_size)
@@ -29,17 +29,17 @@ def test_starter_reconstructs_images_it_never_saw(tmp_path):
 
 def test_starter_is_small_and_safe():
     """A starter that outgrows the package, or weights in a format that runs code."""
-    files = [path for path in asset_path("starter").rglob("*") if path.is_file()]
+    files = [path for path in starter().rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 12e6
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
-    parameters = sum(p.numel() for p in FlowMoPipeline.from_pretrained(asset_path("starter")).autoencoder.parameters())
+    parameters = sum(p.numel() for p in FlowMoPipeline.from_pretrained(starter()).autoencoder.parameters())
     assert 4e6 <= parameters <= 10e6
 
 
 def test_starter_generator_knows_its_classes():
     """A generator that was not trained, is of another tokenizer, or no longer computes what it learned."""
-    tokenizer = FlowMoPipeline.from_pretrained(asset_path("starter"))
-    pipeline = FlowMoGenerationPipeline.from_pretrained(asset_path("starter_generator"), **tokenizer.components)
+    tokenizer = FlowMoPipeline.from_pretrained(starter())
+    pipeline = FlowMoGenerationPipeline.from_pretrained(starter_generator(), **tokenizer.components)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.generator.config.tokenizer == tokenizer_identity(tokenizer.autoencoder)["digest"]
     generators = [torch.Generator().manual_seed(i) for i in range(16)]
@@ -56,7 +56,7 @@ def test_starter_generator_knows_its_classes():
 
 def test_starter_generator_is_small_and_safe():
     """A generator that outgrows the package, weights in a format that runs code, or a path of some machine in it."""
-    files = [path for path in asset_path("starter_generator").rglob("*") if path.is_file()]
+    files = [path for path in starter_generator().rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 6e6
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
     assert not any("_name_or_path" in path.read_text() for path in files if path.suffix == ".json")

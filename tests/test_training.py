@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flowmo_diffusers import FlowMoPipeline
-from flowmo_diffusers.assets import asset_path
+from flowmo_diffusers.assets import starter
 
 
 SCRIPT = Path(__file__).parents[1] / "training" / "train_flowmo.py"
@@ -300,7 +300,7 @@ def test_best_weights_are_kept_apart(train, tmp_path):
     Reward hacking that goes on to the end, or whose result is published: stage 1B with a sample weight far too large
     gains on what it optimises and loses on what it does not.
     """
-    options = {"pretrained_model_name_or_path": asset_path("starter"), "stage": "posttrain", "chain_steps": 2}
+    options = {"pretrained_model_name_or_path": starter(), "stage": "posttrain", "chain_steps": 2}
     options |= {"perceptual_weight": 3000.0, "learning_rate": 1e-3, "num_inference_steps": 4, "ema_decay": 0.0}
     out = tmp_path / "out"
     train(out, **options, max_train_steps=20, validation_steps=1, early_stopping_patience=3, guard="psnr")

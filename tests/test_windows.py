@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flowmo_diffusers import FlowMoAutoencoder, FlowMoPipeline, FlowMoScheduler
-from flowmo_diffusers.assets import asset_path
+from flowmo_diffusers.assets import starter
 from flowmo_diffusers.metrics.seams import seam_ratio
 from flowmo_diffusers.models.window_layout import count_windows
 from flowmo_diffusers.models.windows import Windows
@@ -210,7 +210,7 @@ def test_blended_windows_of_the_starter_have_no_seams():
     """Would catch windows that are denoised apart: at their borders the error must jump no more than elsewhere, while
     that of tiles does."""
     size = (48, 80)
-    pipe = FlowMoPipeline.from_pretrained(asset_path("starter"))
+    pipe = FlowMoPipeline.from_pretrained(starter())
     rows, columns = torch.meshgrid(torch.linspace(-1, 1, size[0]), torch.linspace(-1, 1, size[1]), indexing="ij")
     x = torch.stack([rows, columns, rows * columns])[None] * 0.8
 

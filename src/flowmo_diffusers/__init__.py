@@ -12,6 +12,8 @@ _EXPORTS = {
     "FlowMoTokenGenerator": "flowmo_diffusers.models.token_generator",
     "FlowMoTokenScheduler": "flowmo_diffusers.schedulers.scheduling_flowmo_tokens",
     "FlowMoGenerationPipeline": "flowmo_diffusers.pipelines.pipeline_generation",
+    "starter": "flowmo_diffusers.assets",
+    "starter_generator": "flowmo_diffusers.assets",
     # diffusers looks for these two on the library that a pipeline's model_index.json names.
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
@@ -25,6 +27,8 @@ __all__ = [
     "FlowMoTokenGenerator",
     "FlowMoTokenScheduler",
     "__version__",
+    "starter",
+    "starter_generator",
 ]
 
 

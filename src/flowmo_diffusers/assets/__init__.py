@@ -17,3 +17,25 @@ def asset_path(*parts: str) -> Path:
             "pip install --force-reinstall --no-deps flowmo_diffusers"
         )
     return path
+
+
+def starter() -> Path:
+    """
+    The tokenizer that ships with the package (`docs/starter.md`), as a folder for
+    [`~flowmo_diffusers.FlowMoPipeline.from_pretrained`]: 32 x 32 pixels, 192 bytes an image.
+
+    Raises:
+        OSError: As [`asset_path`].
+    """
+    return asset_path("starter")
+
+
+def starter_generator() -> Path:
+    """
+    The generator of the starter's tokens, as a folder for
+    [`~flowmo_diffusers.FlowMoGenerationPipeline.from_pretrained`]: the nine groups of the embedded emoji.
+
+    Raises:
+        OSError: As [`asset_path`].
+    """
+    return asset_path("starter_generator")

@@ -73,16 +73,16 @@ def load_pipelines(
     import torch
 
     from flowmo_diffusers import FlowMoGenerationPipeline, FlowMoPipeline
-    from flowmo_diffusers.assets import asset_path
+    from flowmo_diffusers.assets import starter, starter_generator
 
     if generator is None and model == STARTER:
-        generator = asset_path("starter_generator")
+        generator = starter_generator()
     dtype, device = getattr(torch, dtype), device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"device={device!r} is not to be had: {error}") from error
-    tokenizer = asset_path("starter") if model == STARTER else model
+    tokenizer = starter() if model == STARTER else model
     pipeline = FlowMoPipeline.from_pretrained(tokenizer, dtype=dtype).to(device)
     if generator is None:
         return pipeline, None
