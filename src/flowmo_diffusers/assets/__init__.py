@@ -22,7 +22,7 @@ def asset_path(*parts: str) -> Path:
 def starter() -> Path:
     """
     The tokenizer that ships with the package (`docs/starter.md`), as a folder for
-    [`~flowmo_diffusers.FlowMoPipeline.from_pretrained`]: 32 x 32 pixels, 192 bytes an image.
+    `FlowMoPipeline.from_pretrained`: 32 x 32 pixels, 192 bytes an image.
 
     Raises:
         OSError: As [`asset_path`].
@@ -33,7 +33,7 @@ def starter() -> Path:
 def starter_generator() -> Path:
     """
     The generator of the starter's tokens, as a folder for
-    [`~flowmo_diffusers.FlowMoGenerationPipeline.from_pretrained`]: the nine groups of the embedded emoji.
+    `FlowMoGenerationPipeline.from_pretrained`: the nine groups of the embedded emoji.
 
     Raises:
         OSError: As [`asset_path`].
