@@ -64,6 +64,33 @@ def test_every_tokenizer_can_be_trained():
             FlowMoAutoencoder(**args.model_config)
 
 
+def test_everything_else_parses():
+    """Catches settings of evaluations, peers and generators that end a run after its training, or before it."""
+    names = {path.stem for kind in ("tokenizer", "peers", "generator") for path in (STUDY / kind).glob("*.yaml")}
+    for path in (STUDY / "evaluation").glob("*.yaml"):
+        assert path.stem in names | {"all"}
+        argv = ["--config", str(path), "--dataset", "d", "--pretrained_model_name_or_path", "m", "--output_dir", "out"]
+        assert load_script("evaluate_reconstruction").parse_args(argv).num_images == 500
+    for path in (STUDY / "evaluation" / "generator").glob("*.yaml"):
+        argv = [
+            "--config",
+            str(path),
+            "--reference",
+            "r",
+            "--pretrained_model_name_or_path",
+            "m",
+            "--output_dir",
+            "out",
+        ]
+        args = load_script("evaluate_generation").parse_args(argv)
+        assert args.pipeline_kwargs["num_inference_steps"] == int(path.stem.partition("_")[0])
+        assert (args.num_samples, args.num_classes) == (1000, 10)
+    for path in (STUDY / "generator").glob("*.yaml"):
+        argv = ["--config", str(path), "--train_tokens_dir", "tokens", "--output_dir", "out"]
+        args = load_script("train_generator").parse_args(argv)
+        assert path.stem == f"generator_{args.max_train_steps}" and Path(args.tokenizer).name in names
+
+
 def test_all_runs_have_the_same_budget():
     """Catches a run that is compared with others and sees more images, or takes more work, than they do."""
     images = {}
