@@ -196,9 +196,10 @@ def test_comparisons(results):
             "b_seed1": record(("b_seed1", {"rfid": 4.0, "psnr": 18.0})),
         }
     )  # fmt: skip
-    assert study.text("b", "rfid") == "3.5 ± 0.5" and study.mean("b", "psnr") == 19.5
+    assert study.text("b", "rfid", study.seeds("b")) == "3.5 ± 0.5" and study.mean("b", "psnr", ["", "_seed1"]) == 19.5
     assert (study.mean("a", "rfid", rho=1.0), study.mean("a", "rfid", guidance_scale=1.0)) == (9, 6)
-    text, holds = results.compare("a", "b", {"rfid": True, "psnr": False})(study)
-    assert (text, holds) == ("rfid 5.0 → 3.5 ± 0.5; psnr 20.00 → 19.50 ± 1.50", True)
-    assert not results.compare("a", "b", {"rfid": True, "psnr": True})(study)[1]
+    assert study.seeds("a", "b") == [""], "a seed is compared with another one"
+    text, holds = results.compare("a", "b", {"rfid": True, "psnr": True})(study)
+    assert (text, holds) == ("rfid 5.0 → 3.0; psnr 20.00 → 21.00", True)
+    assert not results.compare("a", "b", {"rfid": True, "psnr": False})(study)[1]
     assert not results.compare("b", "a", {"rfid": True})(study)[1]

@@ -38,17 +38,20 @@ class Study:
     def read(cls, folder: Path) -> "Study":
         return cls({path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))})
 
-    def seeds(self, run: str, **settings: float) -> list[Figures]:
+    def seeds(self, *runs: str) -> list[str]:
+        """What is added to a run's name for its seeds, those of all these runs: they are compared seed by seed."""
+        return [seed for seed in ("", SEED) if all(run + seed in self.records for run in runs)]
+
+    def figures(self, run: str, **settings: float) -> Figures:
         """
-        The figures of a run and of its other seed.
+        Of one seed.
 
         Args:
             settings: Of the sampler, where the run was measured with several; by default the model's own.
-        """
-        names = [name for name in (run, run + SEED) if name in self.records]
-        return [self._figures(name, settings) for name in names]
 
-    def _figures(self, run: str, settings: Mapping[str, float]) -> Figures:
+        Raises:
+            KeyError: If there is no such record, or no such settings in it.
+        """
         results = self.records[run]["results"]
         for result in results:
             words = dict(re.findall(r", (\w+) ([\d.]+)", result["name"]))
@@ -57,14 +60,14 @@ class Study:
                 return result["figures"]
         raise KeyError(f"{run} was not measured with {settings}")
 
-    def mean(self, run: str, figure: str, **settings: float) -> float:
-        values = [figures[figure] for figures in self.seeds(run, **settings)]
+    def mean(self, run: str, figure: str, seeds: Sequence[str] = ("",), **settings: float) -> float:
+        values = [self.figures(run + seed, **settings)[figure] for seed in seeds]
         return sum(values) / len(values)
 
-    def text(self, run: str, figure: str, **settings: float) -> str:
+    def text(self, run: str, figure: str, seeds: Sequence[str] = ("",), **settings: float) -> str:
         """The mean over seeds, and how far they are from it."""
         digits = FIGURES[figure][0] if figure != "rfid" else 1
-        values = [figures[figure] for figures in self.seeds(run, **settings)]
+        values = [self.figures(run + seed, **settings)[figure] for seed in seeds]
         spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
         return f"{sum(values) / len(values):.{digits}f}{spread}"
 
@@ -81,7 +84,10 @@ def figures_table(study: Study, runs: Mapping[str, str], figures: Sequence[str] 
     """A row a run, of those that are there."""
     head = ["", *(f"{figure} {FIGURES[figure][1]}" for figure in figures)]
     there = {run: label for run, label in runs.items() if run in study.records}
-    return table(head, [[label, *(study.text(run, figure) for figure in figures)] for run, label in there.items()])
+    return table(
+        head,
+        [[label, *(study.text(run, figure, study.seeds(run)) for figure in figures)] for run, label in there.items()],
+    )
 
 
 # The claims: what the paper says, its figures, the runs it takes to see it, ours, and whether they say the same.
@@ -89,19 +95,23 @@ def figures_table(study: Study, runs: Mapping[str, str], figures: Sequence[str] 
 
 @dataclass
 class Claim:
+    """
+    Args:
+        text: What is claimed.
+        paper: Its figures there.
+        runs: Without which nothing can be said.
+        ours: Our figures as text, and whether they point the same way.
+    """
+
     text: str
     paper: str
     runs: Sequence[str]
     ours: Callable[[Study], tuple[str, bool]]
 
 
-def rises(figure: str) -> bool:
-    return FIGURES[figure][1] == "↑"
-
-
 def better(figure: str, one: float, other: float) -> bool:
     """Whether `one` is better than `other`."""
-    return one > other if rises(figure) else one < other
+    return one > other if FIGURES[figure][1] == "↑" else one < other
 
 
 def compare(before: str, after: str, expected: Mapping[str, bool]) -> Callable[[Study], tuple[str, bool]]:
@@ -113,9 +123,10 @@ def compare(before: str, after: str, expected: Mapping[str, bool]) -> Callable[[
     """
 
     def ours(study: Study) -> tuple[str, bool]:
-        shown = [f"{name} {study.text(before, name)} → {study.text(after, name)}" for name in expected]
+        seeds = study.seeds(before, after)
+        shown = [f"{name} {study.text(before, name, seeds)} → {study.text(after, name, seeds)}" for name in expected]
         holds = [
-            better(name, study.mean(after, name), study.mean(before, name)) == improves
+            better(name, study.mean(after, name, seeds), study.mean(before, name, seeds)) == improves
             for name, improves in expected.items()
         ]
         return "; ".join(shown), all(holds)
@@ -126,14 +137,17 @@ def compare(before: str, after: str, expected: Mapping[str, bool]) -> Callable[[
 def chain_against_one_step(study: Study) -> tuple[str, bool]:
     rivals = [name for name in study.records if name.startswith("one_step_")]
     best = min(rivals, key=lambda name: study.mean(name, "rfid"))
-    chain = study.seeds("lo_1b")[0]["rfid"]  # the seed that the rivals start from
+    chain = study.mean("lo_1b", "rfid")  # of the seed that the rivals start from
     ours = ", ".join(f"{study.mean(name, 'rfid'):.1f}" for name in rivals)
     return f"rfid {chain:.1f}; one step, weights 0.1, 1, 10: {ours}", chain < study.mean(best, "rfid")
 
 
 def sampler(before: Mapping[str, float], after: Mapping[str, float]) -> Callable[[Study], tuple[str, bool]]:
     def ours(study: Study) -> tuple[str, bool]:
-        pair = [(study.text("lo_1a", "rfid", **s), study.mean("lo_1a", "rfid", **s)) for s in (before, after)]
+        seeds = study.seeds("lo_1a")
+        pair = [
+            (study.text("lo_1a", "rfid", seeds, **s), study.mean("lo_1a", "rfid", seeds, **s)) for s in (before, after)
+        ]
         return f"rfid {pair[0][0]} → {pair[1][0]}", pair[1][1] < pair[0][1]
 
     return ours
@@ -157,7 +171,8 @@ def hacking(study: Study) -> tuple[str, bool]:
 
 def manifolds(study: Study) -> tuple[str, bool]:
     names = ("precision", "recall", "precision_train", "recall_train")
-    before, after = ([study.mean(run, name) for name in names] for run in ("lo_1a", "lo_1b"))
+    seeds = study.seeds("lo_1a", "lo_1b")
+    before, after = ([study.mean(run, name, seeds) for name in names] for run in ("lo_1a", "lo_1b"))
     changes = zip(names, before, after, strict=True)
     text = "; ".join(f"{name.replace('_train', ' (train)')} {a:.3f} → {b:.3f}" for name, a, b in changes)
     return text, after[0] > before[0] and after[1] > before[1] and after[3] < before[3]

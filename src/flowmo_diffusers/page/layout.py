@@ -50,7 +50,7 @@ def build_page(
         pipeline: A tokenizer of colour images whose tokens are discrete.
         generation_pipeline: A generator of its tokens; without one there is no tab of generation.
         concurrency: Calls that are computed at once; others wait in a queue.
-        samples: Images to choose from. Default: some of the embedded emoji that the starter never saw.
+        samples: Images to choose from. Default: some of the embedded emoji and photos, none of which the starter saw.
 
     Raises:
         ValueError: As [`Workbench`], or if concurrency is not at least 1.
