@@ -158,6 +158,23 @@ def test_everything_is_written(tmp_path, images, tiny):
     assert (tmp_path / "out" / "rate_distortion.png").is_file()
 
 
+def test_all_settings_on_the_same_images(tmp_path, images):
+    """Catches settings that are shown with other images than each other, and one that cannot be read among them."""
+    folder = tmp_path / "some"
+    shutil.copytree(images, folder)
+    (folder / "00.png").write_bytes(b"no image")
+    words = ("--baseline", "jpeg:30", "jpeg:95", "--metrics", "--num_picture_images", 2, "--max_bad_fraction", 0.1)
+    run(tmp_path, folder, *words)
+    with PIL.Image.open(tmp_path / "out" / "together.png") as picture:
+        assert picture.size == (6 + 2 * (96 + 6), 6 + 3 * (24 + 96 + 6))
+        pixels = np.asarray(picture).astype(int)
+    for column, name in enumerate(("01.png", "02.png")):
+        original = np.asarray(PIL.Image.open(images / name)).astype(int)
+        tiles = [pixels[30 + row * 126 :][:96, 6 + column * 102 :][:, :96][1::3, 1::3] for row in range(3)]
+        errors = [np.abs(tile - original).mean() for tile in tiles]
+        assert errors[0] == 0 < errors[2] < errors[1] < 20
+
+
 def test_a_peer_of_ones_own(tmp_path, images, tiny):
     """Catches a VQModel's folder under another name than a pipeline's would have, bits that are not those of its
     indices, or a collapsed codebook that nothing tells of."""

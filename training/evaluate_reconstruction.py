@@ -14,7 +14,7 @@ import itertools
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -302,8 +302,25 @@ def draw(
         values = [psnr_of(torch.tensor(error[number])).item() for number in numbers]
         pictures[f"{kind}: originals"] = originals
         pictures[f"{kind}: {min(values):.1f} to {max(values):.1f} dB"] = reconstructor(originals, numbers).images
+    save_rows(pictures, transform, path)
+
+
+def draw_together(
+    reconstructors: Sequence[Reconstructor],
+    numbers: Sequence[int],
+    source: ImageSource,
+    transform: ImageTransform,
+    path: Path,
+) -> None:
+    """A picture of the images of these numbers and of what every reconstructor makes of them, to compare them by eye."""
+    originals = torch.stack([transform(source[number]) for number in numbers])
+    pictures = {each.name: each(originals, numbers).images for each in reconstructors}
+    save_rows({"originals": originals, **pictures}, transform, path)
+
+
+def save_rows(rows: Mapping[str, torch.Tensor], transform: ImageTransform, path: Path) -> None:
     with atomic_file(path) as temporary:
-        labelled_rows(pictures, side=min(max(transform.height, 96), 256)).save(temporary, format="PNG")
+        labelled_rows(rows, side=min(max(transform.height, 96), 256)).save(temporary, format="PNG")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -358,6 +375,10 @@ def main(args: argparse.Namespace) -> None:
             results.append(summarize(group, reconstructor, evaluation, rows, originals, others, transform, args))
             report(args, conditions, results, device)
             draw(rows, reconstructor, source, transform, args.num_picture_images, picture_path(args, reconstructor))
+    if accelerator.is_main_process and len(subjects) > 1:
+        numbers = rows.read("number")["number"].sort().values[: args.num_picture_images].tolist()
+        reconstructors = [each for _, each in subjects]
+        draw_together(reconstructors, numbers, source, transform, args.output_dir / "together.png")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
