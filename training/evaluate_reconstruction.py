@@ -312,7 +312,7 @@ def draw_together(
     transform: ImageTransform,
     path: Path,
 ) -> None:
-    """A picture of the images of these numbers and of what every reconstructor makes of them, to compare them by eye."""
+    """A picture of the images of these numbers and of what every reconstructor makes of them, to compare by eye."""
     originals = torch.stack([transform(source[number]) for number in numbers])
     pictures = {each.name: each(originals, numbers).images for each in reconstructors}
     save_rows({"originals": originals, **pictures}, transform, path)
