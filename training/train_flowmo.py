@@ -3,7 +3,7 @@
 Trains a FlowMo tokenizer: stage 1A (`--stage pretrain`), stage 1B (`--stage posttrain`), and stage 1C (`--stage
 distill`), after which it reconstructs in a few steps.
 
-    accelerate launch training/train_flowmo.py --config training/configs/starter.yaml --stage pretrain \
+    accelerate launch training/train_flowmo.py --config training/configs/cpu.yaml --stage pretrain \
         --train_data_dir my_images --output_dir my_tokenizer
 
 The output folder is what `FlowMoPipeline.from_pretrained` loads.
