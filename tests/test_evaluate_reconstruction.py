@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderTiny, VQModel
 from processes import forget_accelerators, on_processes
 from scripts import load_script
-from vqmodels import TINY_VQMODEL
+from peers import TINY_VQMODEL
 
 from flowmo_diffusers import FlowMoPipeline
 from flowmo_diffusers.engine.seeding import keyed_generator

@@ -138,7 +138,7 @@ class Run:
 class PeerRun(Run):
     """An autoencoder of diffusers."""
 
-    script = "train_vqmodel.py"
+    script = "train_peer.py"
     subject = "--baseline"
 
 

@@ -12,10 +12,10 @@ from accelerate.state import AcceleratorState
 from diffusers import VQModel
 from safetensors.torch import load_file
 from scripts import load_script
-from vqmodels import TINY_VQMODEL
+from peers import TINY_VQMODEL
 
 from flowmo_diffusers import FlowMoAutoencoder
-from flowmo_diffusers.objectives.cost import pretraining_flops, vqmodel_training_flops
+from flowmo_diffusers.objectives.cost import pretraining_flops, peer_training_flops
 
 
 STUDY = Path(__file__).parents[1] / "training" / "configs" / "study"
@@ -29,7 +29,7 @@ PRESETS = {
 
 @pytest.fixture(scope="module")
 def script():
-    return load_script("train_vqmodel")
+    return load_script("train_peer")
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_presets_are_the_study_s(script, name):
     assert args.lr_end / args.learning_rate == pytest.approx(flowmo.lr_end / flowmo.learning_rate)
     with torch.device("meta"):
         config = FlowMoAutoencoder(**flowmo.model_config).config
-    work = vqmodel_training_flops(model.config, 32, 32)
+    work = peer_training_flops(model.config, 32, 32)
     assert work == pytest.approx(pretraining_flops(config, 32, 32), rel=0.05)
 
     if perceptual == "none":

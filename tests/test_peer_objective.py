@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import VQModel
 from torch import nn
-from vqmodels import TINY_VQMODEL
+from peers import TINY_VQMODEL
 
-from flowmo_diffusers.objectives.cost import vqmodel_training_flops
-from flowmo_diffusers.objectives.vqmodel import vqmodel_loss
+from flowmo_diffusers.objectives.cost import peer_training_flops
+from flowmo_diffusers.objectives.peer import peer_loss
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def test_values_by_hand(model, x):
     """Catches a sum for a mean, a term left out, doubled or of another sign, and a weight in the wrong place."""
-    losses = vqmodel_loss(model, x, distance, 0.3)
+    losses = peer_loss(model, x, distance, 0.3)
     z, e = quantized(model, x)
     grid = e.unflatten(0, (2, 16, 16)).movedim(-1, 1)
     y = model.decoder(model.post_quant_conv(grid))
@@ -53,14 +53,14 @@ def test_values_by_hand(model, x):
         torch.testing.assert_close(losses[name], value, rtol=1e-4, atol=1e-6)
     total = expected["reconstruction_loss"] + expected["codebook_loss"] + 0.3 * expected["perceptual_loss"]
     torch.testing.assert_close(losses["loss"], total, rtol=1e-4, atol=1e-6)
-    plain = vqmodel_loss(model, x)
+    plain = peer_loss(model, x)
     assert plain.keys() == {"loss", "reconstruction_loss", "codebook_loss"}
     torch.testing.assert_close(plain["loss"], plain["reconstruction_loss"] + plain["codebook_loss"])
 
 
 def test_the_encoder_commits_four_times_as_much_as_the_codes_follow(model, x):
     """Catches a version of diffusers whose quantizer has its weights the other way round, unlike the docstring."""
-    losses = vqmodel_loss(model, x)
+    losses = peer_loss(model, x)
     z, e = quantized(model, x)
     codes = model.quantize.embedding.weight
     (ours,) = torch.autograd.grad(losses["codebook_loss"], codes, retain_graph=True)
@@ -74,7 +74,7 @@ def test_the_encoder_commits_four_times_as_much_as_the_codes_follow(model, x):
 
 def test_gradients_reach_every_part(model, x):
     """Catches a reconstruction that stops at the codes, and a codebook that nothing trains."""
-    losses = vqmodel_loss(model, x, distance, 0.1)
+    losses = peer_loss(model, x, distance, 0.1)
     for name in ("reconstruction_loss", "perceptual_loss"):  # straight through the codes
         (gradient,) = torch.autograd.grad(losses[name], model.encoder.conv_in.weight, retain_graph=True)
         assert gradient.abs().max() > 0, name
@@ -103,7 +103,5 @@ def test_flops_are_those_of_the_layers():
     search = 2 * 256 * 8 * 3  # positions, codes, channels
     # The image has no gradient.
     expected = 3 * (sum(counts.values()) + attention) - counts[model.encoder.conv_in] + search
-    assert vqmodel_training_flops(model.config, 32, 32) == expected
-    assert (
-        vqmodel_training_flops(VQModel(**TINY_VQMODEL | {"num_vq_embeddings": 16}).config, 32, 32) == expected + search
-    )
+    assert peer_training_flops(model.config, 32, 32) == expected
+    assert peer_training_flops(VQModel(**TINY_VQMODEL | {"num_vq_embeddings": 16}).config, 32, 32) == expected + search

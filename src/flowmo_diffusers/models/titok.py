@@ -1,0 +1,142 @@
+"""A 1D tokenizer in the manner of TiTok (arXiv 2406.07550), a peer of FlowMo: that of the package titok-pytorch."""
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from torch import nn
+
+
+class TiTokModel(ModelMixin, ConfigMixin):
+    """
+    `titok_pytorch.TiTokTokenizer` as a model of diffusers: patches and learned tokens through a transformer, the learned
+    tokens quantized, and a second transformer from them and mask tokens to the pixels.
+
+    The package's are both transformers, every other layer, the quantizer, and the way from an image to indices and from
+    these to an image. Ours are the options below that the package leaves open, and what it does not do:
+
+    - The quantizer's loss, which `TiTokTokenizer.forward` drops, is returned.
+    - The codebook is trained by the optimiser (the quantizer's `learnable_codebook`) instead of following the encoder by
+      moving averages, which are buffers: so whoever averages weights averages the codes with their encoder.
+    - The decoder has rotary positions (an option of its transformer): without any it is given a set of codes, not a
+      sequence, since `TiTokTokenizer` gives positions to image tokens only.
+    - Quantizing is in float32 also under autocast, in which the nearest code would be another.
+
+    Args:
+        sample_size: Height and width of images in pixels; there are no others.
+        patch_size: Side of a patch in pixels, a divisor of `sample_size`.
+        hidden_size: Channels of both transformers.
+        encoder_num_layers: Blocks of attention and MLP.
+        decoder_num_layers: Likewise.
+        num_attention_heads: Of both transformers.
+        attention_head_dim: Channels of a head; at least 32, for the rotary positions.
+        num_latent_tokens: Indices of an image.
+        codebook_size: Codes; an index is log2(codebook_size) bits.
+        codebook_dim: Channels of a code, between linear projections.
+
+    Raises:
+        ImportError: If the package is not installed.
+        ValueError: If a size is not a positive whole number, or does not fit the others.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        hidden_size: int = 64,
+        encoder_num_layers: int = 3,
+        decoder_num_layers: int = 3,
+        num_attention_heads: int = 2,
+        attention_head_dim: int = 32,
+        num_latent_tokens: int = 128,
+        codebook_size: int = 256,
+        codebook_dim: int = 8,
+    ):
+        super().__init__()
+        self._check()
+        try:
+            from titok_pytorch import TiTokTokenizer  # optional
+            from vector_quantize_pytorch import VectorQuantize
+        except ImportError as error:
+            raise ImportError(f'TiTok needs titok-pytorch: pip install "flowmo_diffusers[peers]" ({error})') from error
+        self.tokenizer = TiTokTokenizer(
+            dim=hidden_size,
+            image_size=sample_size,
+            patch_size=patch_size,
+            num_latent_tokens=num_latent_tokens,
+            enc_depth=encoder_num_layers,
+            enc_heads=num_attention_heads,
+            enc_dim_head=attention_head_dim,
+            dec_depth=decoder_num_layers,
+            dec_heads=num_attention_heads,
+            dec_dim_head=attention_head_dim,
+            codebook_size=codebook_size,
+            dec_kwargs={"rotary_pos_emb": True, "rotary_emb_dim": attention_head_dim},
+        )
+        # Not by `vq_kwargs`, in which the package takes no `codebook_dim`.
+        quantizer = VectorQuantize(
+            dim=hidden_size,
+            codebook_dim=codebook_dim,
+            codebook_size=codebook_size,
+            learnable_codebook=True,
+            ema_update=False,
+        )
+        # As spread as the vectors that `project_in` makes of normalised ones. The package's own are near 0, and with them
+        # encoder and codes would stay there.
+        nn.init.normal_(quantizer._codebook.embed, std=3**-0.5)
+        # A tensor that is asked at each forward whether k-means is still to come, which waits for the device: it is not.
+        del quantizer._codebook.initted
+        quantizer._codebook.initted = True
+        self.tokenizer.vq = _Float32Quantizer(quantizer)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (b, 3, sample_size, sample_size) in [-1, 1] to indices (b, tokens), int64; without gradient."""
+        return self.tokenizer.tokenize(x)
+
+    def decode(self, indices: torch.Tensor) -> torch.Tensor:
+        """Indices (b, tokens) to images (b, 3, sample_size, sample_size), about [-1, 1], not clamped."""
+        return self.tokenizer.codebook_ids_to_images(indices)
+
+    def forward(self, x: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor, torch.Tensor]:
+        """
+        For training, with the output of diffusers' `VQModel`.
+
+        Args:
+            x: As in [`~TiTokModel.encode`].
+            return_dict: Or a tuple.
+
+        Returns:
+            `sample`, the reconstruction, and `commit_loss`, that of the codebook, a scalar: the mean of (e - z)^2, z
+            what the encoder gives and e the codes nearest to it, which trains both; 0 in evaluation mode.
+        """
+        _, y = self.tokenizer(x, return_recon_images=True)
+        loss = self.tokenizer.vq.loss
+        return DecoderOutput(sample=y, commit_loss=loss) if return_dict else (y, loss)
+
+    def _check(self) -> None:
+        sizes = {name: value for name, value in self.config.items() if name[0] != "_"}
+        for name, value in sizes.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if sizes["sample_size"] % sizes["patch_size"]:
+            raise ValueError(f"patch_size={sizes['patch_size']} must divide sample_size={sizes['sample_size']}")
+        if sizes["attention_head_dim"] < 32:
+            raise ValueError(f"attention_head_dim={sizes['attention_head_dim']} must be at least 32")
+
+
+class _Float32Quantizer(nn.Module):
+    """A quantizer of vector_quantize_pytorch that autocast does not reach, and whose last loss is kept."""
+
+    def __init__(self, quantizer: nn.Module):
+        super().__init__()
+        self.quantizer = quantizer
+        self.loss: torch.Tensor | None = None
+
+    def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with torch.autocast(z.device.type, enabled=False):
+            quantized, indices, self.loss = self.quantizer(z.float())
+        return quantized, indices, self.loss
+
+    def get_output_from_indices(self, indices: torch.Tensor) -> torch.Tensor:
+        return self.quantizer.get_output_from_indices(indices)
