@@ -14,9 +14,9 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import AutoencoderTiny, VQModel
+from peers import TINY_VQMODEL
 from processes import forget_accelerators, on_processes
 from scripts import load_script
-from peers import TINY_VQMODEL
 
 from flowmo_diffusers import FlowMoPipeline
 from flowmo_diffusers.engine.seeding import keyed_generator

@@ -10,12 +10,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import VQModel
+from peers import TINY_VQMODEL
 from safetensors.torch import load_file
 from scripts import load_script
-from peers import TINY_VQMODEL
 
 from flowmo_diffusers import FlowMoAutoencoder
-from flowmo_diffusers.objectives.cost import pretraining_flops, peer_training_flops
+from flowmo_diffusers.objectives.cost import peer_training_flops, pretraining_flops
 
 
 STUDY = Path(__file__).parents[1] / "training" / "configs" / "study"

@@ -136,7 +136,7 @@ class Run:
 
 
 class PeerRun(Run):
-    """An autoencoder of diffusers."""
+    """An autoencoder of another package."""
 
     script = "train_peer.py"
     subject = "--baseline"

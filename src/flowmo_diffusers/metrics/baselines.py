@@ -174,8 +174,8 @@ def load_baseline(
 
     Args:
         spec: "jpeg" or "webp", within `num_bytes`; "jpeg:75" or "webp:50", at that quality; or the folder or Hub id of
-            an autoencoder of diffusers or a [`TiTokModel`], with ":" and a subfolder where it is part of something larger, as in
-            "stabilityai/stable-diffusion-xl-base-1.0:vae".
+            an autoencoder of diffusers or a [`TiTokModel`], with ":" and a subfolder where it is part of something
+            larger, as in "stabilityai/stable-diffusion-xl-base-1.0:vae".
         num_bytes: The most bytes an image may take of a codec without a quality; otherwise not used.
         device: Of the autoencoder.
         dtype: Of the autoencoder.

@@ -9,17 +9,20 @@ from torch import nn
 
 class TiTokModel(ModelMixin, ConfigMixin):
     """
-    `titok_pytorch.TiTokTokenizer` as a model of diffusers: patches and learned tokens through a transformer, the learned
-    tokens quantized, and a second transformer from them and mask tokens to the pixels.
+    `titok_pytorch.TiTokTokenizer` as a model of diffusers: patches and learned tokens through a transformer, the
+    learned tokens quantized, and a second transformer from them and mask tokens to the pixels.
 
-    The package's are both transformers, every other layer, the quantizer, and the way from an image to indices and from
-    these to an image. Ours are the options below that the package leaves open, and what it does not do:
+    The package's are both transformers, all other layers, the quantizer, and the way from an image to indices and from
+    these to an image. Ours is what it leaves open or does not do:
 
     - The quantizer's loss, which `TiTokTokenizer.forward` drops, is returned.
-    - The codebook is trained by the optimiser (the quantizer's `learnable_codebook`) instead of following the encoder by
-      moving averages, which are buffers: so whoever averages weights averages the codes with their encoder.
-    - The decoder has rotary positions (an option of its transformer): without any it is given a set of codes, not a
+    - The codes are trained by the optimiser, an option of the quantizer, instead of following the encoder by moving
+      averages, which are buffers: so whoever averages weights averages codes and encoder alike. Codes that hardly any
+      token takes are replaced by tokens of the batch, another option of it.
+    - The decoder has rotary positions, an option of the transformer: without any it is given a set of codes, not a
       sequence, since `TiTokTokenizer` gives positions to image tokens only.
+    - Queries and keys are normalised, another option of the transformer, and learned tokens and codes start further
+      apart.
     - Quantizing is in float32 also under autocast, in which the nearest code would be another.
 
     Args:
@@ -29,7 +32,7 @@ class TiTokModel(ModelMixin, ConfigMixin):
         encoder_num_layers: Blocks of attention and MLP.
         decoder_num_layers: Likewise.
         num_attention_heads: Of both transformers.
-        attention_head_dim: Channels of a head; at least 32, for the rotary positions.
+        attention_head_dim: Channels of a head, an even number; of a single head `hidden_size`.
         num_latent_tokens: Indices of an image.
         codebook_size: Codes; an index is log2(codebook_size) bits.
         codebook_dim: Channels of a code, between linear projections.
@@ -60,6 +63,7 @@ class TiTokModel(ModelMixin, ConfigMixin):
             from vector_quantize_pytorch import VectorQuantize
         except ImportError as error:
             raise ImportError(f'TiTok needs titok-pytorch: pip install "flowmo_diffusers[peers]" ({error})') from error
+        blocks = {"attn_qk_norm": True}
         self.tokenizer = TiTokTokenizer(
             dim=hidden_size,
             image_size=sample_size,
@@ -72,7 +76,8 @@ class TiTokModel(ModelMixin, ConfigMixin):
             dec_heads=num_attention_heads,
             dec_dim_head=attention_head_dim,
             codebook_size=codebook_size,
-            dec_kwargs={"rotary_pos_emb": True, "rotary_emb_dim": attention_head_dim},
+            enc_kwargs=blocks,
+            dec_kwargs=blocks | {"rotary_pos_emb": True, "rotary_emb_dim": attention_head_dim},
         )
         # Not by `vq_kwargs`, in which the package takes no `codebook_dim`.
         quantizer = VectorQuantize(
@@ -81,17 +86,18 @@ class TiTokModel(ModelMixin, ConfigMixin):
             codebook_size=codebook_size,
             learnable_codebook=True,
             ema_update=False,
+            threshold_ema_dead_code=0.5,
+            # The package looks once in a process, which may be before there are others.
+            sync_codebook=torch.distributed.is_available() and torch.distributed.is_initialized(),
         )
-        # As spread as the vectors that `project_in` makes of normalised ones. The package's own are near 0, and with them
-        # encoder and codes would stay there.
-        nn.init.normal_(quantizer._codebook.embed, std=3**-0.5)
-        # A tensor that is asked at each forward whether k-means is still to come, which waits for the device: it is not.
-        del quantizer._codebook.initted
-        quantizer._codebook.initted = True
         self.tokenizer.vq = _Float32Quantizer(quantizer)
+        self._spread()
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (b, 3, sample_size, sample_size) in [-1, 1] to indices (b, tokens), int64; without gradient."""
+        """
+        Images (b, 3, sample_size, sample_size) in [-1, 1] to indices (b, tokens), int64; without gradient, and of a
+        model in evaluation mode: training replaces codes.
+        """
         return self.tokenizer.tokenize(x)
 
     def decode(self, indices: torch.Tensor) -> torch.Tensor:
@@ -114,6 +120,16 @@ class TiTokModel(ModelMixin, ConfigMixin):
         loss = self.tokenizer.vq.loss
         return DecoderOutput(sample=y, commit_loss=loss) if return_dict else (y, loss)
 
+    def _spread(self) -> None:
+        """
+        Learned tokens and codes as far apart as what they are added to or compared with. The package's are near 0:
+        then all tokens read the same of the image, its mean colour, and encoder and codes stay together there.
+        """
+        tokenizer = self.tokenizer
+        for tokens in (tokenizer.latents, tokenizer.pos_emb, tokenizer.mask_tokens):
+            nn.init.normal_(tokens)
+        nn.init.normal_(tokenizer.vq.quantizer._codebook.embed, std=3**-0.5)  # as what `project_in` gives
+
     def _check(self) -> None:
         sizes = {name: value for name, value in self.config.items() if name[0] != "_"}
         for name, value in sizes.items():
@@ -121,8 +137,11 @@ class TiTokModel(ModelMixin, ConfigMixin):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         if sizes["sample_size"] % sizes["patch_size"]:
             raise ValueError(f"patch_size={sizes['patch_size']} must divide sample_size={sizes['sample_size']}")
-        if sizes["attention_head_dim"] < 32:
-            raise ValueError(f"attention_head_dim={sizes['attention_head_dim']} must be at least 32")
+        width, heads, hidden = (sizes[n] for n in ("attention_head_dim", "num_attention_heads", "hidden_size"))
+        if width % 2:
+            raise ValueError(f"attention_head_dim={width} must be even")
+        if heads == 1 and width != hidden:  # the package has no projection after a single head
+            raise ValueError(f"attention_head_dim={width} of a single head must be hidden_size={hidden}")
 
 
 class _Float32Quantizer(nn.Module):
@@ -135,7 +154,7 @@ class _Float32Quantizer(nn.Module):
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with torch.autocast(z.device.type, enabled=False):
-            quantized, indices, self.loss = self.quantizer(z.float())
+            quantized, indices, self.loss = self.quantizer(z.to(self.quantizer.codebook.dtype))
         return quantized, indices, self.loss
 
     def get_output_from_indices(self, indices: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,7 +80,7 @@ def generator_training_flops(config: Mapping[str, Any]) -> int:
 
 def peer_training_flops(model_class: type[ModelMixin], config: Mapping[str, Any], height: int, width: int) -> int:
     """
-    Model FLOPs of training a peer on one image, counted while it trains on one that has no numbers: convolutions, linear
+    Model FLOPs of training a peer on one image, counted while it trains on one, on the CPU: convolutions, linear
     layers, attention and the search for the nearest codes.
 
     Args:
@@ -91,7 +90,7 @@ def peer_training_flops(model_class: type[ModelMixin], config: Mapping[str, Any]
     """
     search = dict.fromkeys((torch.ops.aten._euclidean_dist, torch.ops.aten._cdist_forward), _distance_flops)
     # Attention as products of matrices: what a kernel computes again in its backward pass is not the model's.
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
+    with torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH):
         model, x = model_class.from_config(config), torch.zeros(1, 3, height, width)
         with FlopCounterMode(display=False, custom_mapping=search) as counter:
             peer_loss(model, x)["loss"].backward()
