@@ -122,9 +122,7 @@ def test_flops_of_titok_are_those_of_its_layers():
             module.register_forward_hook(count)
     model(torch.zeros(1, 3, 32, 32))
     attention = 2 * 2 * (2 * 22 * 22 * 16)  # 16 patches and 6 tokens; of encoder and decoder
-    search = (
-        2 * 6 * 12 * 4
-    )  # tokens, codes, channels; the same again to take the codes, for its gradient, and for sums
+    search = 2 * 6 * 12 * 4  # as much again: to take the codes, its gradient, what takes each
     rotation = 8 * (2 * 6 * 4)  # of the gradient through the codes (arXiv 2410.06424)
     image = counts[model.tokenizer.image_to_tokens[1]]  # has no gradient
     expected = 3 * (sum(counts.values()) + attention) - image + 4 * search + rotation
@@ -164,7 +162,7 @@ def test_titok_s_values_by_hand(titok, x):
 
 
 def test_gradients_reach_every_part_of_titok(titok, x):
-    """Catches a reconstruction that stops at the codes, a codebook that nothing trains, and a part that is not used."""
+    """Catches a reconstruction that stops at the codes, codes that nothing trains, and an unused part."""
     losses = peer_loss(titok, x)
     codes = titok.tokenizer.vq.quantizer._codebook.embed
     (gradient,) = torch.autograd.grad(losses["reconstruction_loss"], titok.tokenizer.latents, retain_graph=True)
