@@ -4,11 +4,14 @@ import sys
 
 import pytest
 import torch
+from accelerate import PartialState
 from peers import TINY_TITOK
+from processes import on_processes
 from safetensors.torch import load_file
 
 from flowmo_diffusers.engine.ema import EMA
 from flowmo_diffusers.models.titok import TiTokModel
+from flowmo_diffusers.objectives.peer import peer_loss
 
 
 @pytest.fixture
@@ -133,3 +136,30 @@ def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "titok_pytorch", None)
     with pytest.raises(ImportError, match=r'pip install "flowmo_diffusers\[peers\]"'):
         TiTokModel(**TINY_TITOK)
+
+
+def codes_after_steps() -> torch.Tensor:
+    """The codebook of one of several processes, each with images of its own, after codes were replaced."""
+    state = PartialState()
+    torch.manual_seed(0)
+    model = TiTokModel(**TINY_TITOK).train()
+    with torch.no_grad():
+        model.tokenizer.vq.quantizer._codebook.embed[0, 1:] += 100  # from everything
+    trained = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    torch.manual_seed(state.process_index)
+    for _ in range(6):
+        x = torch.rand(4, 3, 32, 32) * 2 - 1
+        optimizer.zero_grad()
+        losses = peer_loss(trained, x)
+        losses["loss"].backward()
+        optimizer.step()
+    return model.tokenizer.vq.quantizer._codebook.embed.detach()
+
+
+@pytest.mark.slow
+def test_processes_have_the_same_codes():
+    """Catches codes that each process replaces by tokens of its own."""
+    first, second = on_processes(2, codes_after_steps)
+    assert first.abs().max() < 50
+    assert torch.equal(first, second)
