@@ -133,7 +133,7 @@ class TiTokModel(ModelMixin, ConfigMixin):
     def _check(self) -> None:
         sizes = {name: value for name, value in self.config.items() if name[0] != "_"}
         for name, value in sizes.items():
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         if sizes["sample_size"] % sizes["patch_size"]:
             raise ValueError(f"patch_size={sizes['patch_size']} must divide sample_size={sizes['sample_size']}")
