@@ -150,6 +150,7 @@ class PeerTraining(ImageTask):
         model: ModelMixin,
         images: ShuffledImages | StreamedImages,
         originals: torch.Tensor,
+        flops: int,
     ):
         super().__init__(args.architecture, model, args, accelerator, images, originals)
         files = {MEASURED: None, args.perceptual: args.perceptual_weights}
@@ -165,7 +166,7 @@ class PeerTraining(ImageTask):
                 )
         self.perceptual: PerceptualDistance | None = networks.get(args.perceptual)
         self.validation = PeerValidation(accelerator, originals, networks, args.train_batch_size)
-        self.flops = peer_training_flops(type(model), model.config, *originals.shape[-2:])
+        self.flops = flops
 
     def losses(self, batch: dict) -> Losses:
         x = batch["images"].to(self.accelerator.device, non_blocking=True)
@@ -192,6 +193,8 @@ class PeerTraining(ImageTask):
 def main(args: argparse.Namespace) -> None:
     model_config = read_model_config(args)
     side = image_side(args, model_config)
+    # Before there are other processes, with which a quantizer would talk.
+    flops = peer_training_flops(MODELS[args.architecture], model_config, side, side)
     accelerator = start(args)
     facts = {f"model.{name}": value for name, value in model_config.items()}
     facts |= reader_facts(args, accelerator.num_processes)
@@ -202,7 +205,8 @@ def main(args: argparse.Namespace) -> None:
     model = MODELS[args.architecture](**model_config)
     with accelerator.local_main_process_first():  # the others find caches and indices made
         images, originals = build_training_images(args, side)
-    Trainer(PeerTraining(args, accelerator, model, images, originals), args, accelerator, config).run(checkpoint)
+    task = PeerTraining(args, accelerator, model, images, originals, flops)
+    Trainer(task, args, accelerator, config).run(checkpoint)
 
 
 if __name__ == "__main__":

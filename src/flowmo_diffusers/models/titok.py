@@ -117,7 +117,7 @@ class TiTokModel(ModelMixin, ConfigMixin):
             what the encoder gives and e the codes nearest to it, which trains both; 0 in evaluation mode.
         """
         _, y = self.tokenizer(x, return_recon_images=True)
-        loss = self.tokenizer.vq.loss
+        loss, self.tokenizer.vq.loss = self.tokenizer.vq.loss, None  # which holds all that its gradient needs
         return DecoderOutput(sample=y, commit_loss=loss) if return_dict else (y, loss)
 
     def _spread(self) -> None:
