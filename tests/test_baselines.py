@@ -2,17 +2,20 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
+from peers import TINY_TITOK
 from safetensors.torch import load_file, save_file
 
 from flowmo_diffusers import FlowMoAutoencoder
 from flowmo_diffusers.engine.seeding import keyed_generator
-from flowmo_diffusers.metrics.baselines import SUPPORTED, DiffusersReconstructor, load_baseline
+from flowmo_diffusers.metrics.baselines import SUPPORTED, DiffusersReconstructor, TiTokReconstructor, load_baseline
 from flowmo_diffusers.metrics.codecs import CodecReconstructor
+from flowmo_diffusers.models.titok import TiTokModel
 
 
 DOWN, UP = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
@@ -181,6 +184,37 @@ def test_indices_are_all_that_a_vq_model_keeps(images):
     assert len(nearest.unique()) == 24
     expected = codebook[nearest].transpose(1, 2).reshape(3, 3, 8, 8)
     assert torch.equal(seen[-1], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_titok_from_a_folder(tmp_path, dtype):
+    """Catches bits that are not those of its indices, a dtype the quantizer does not take, and training mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = TiTokModel(**TINY_TITOK).eval()
+    model.save_pretrained(tmp_path)
+    x = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    reconstructor = load_baseline(str(tmp_path), dtype=dtype)
+    result = reconstructor(x, [0, 1, 2])
+    model = model.to(dtype)
+    indices = model.encode(x.to(dtype))
+    assert torch.equal(result.indices, indices[..., None]) and result.indices.dtype == torch.int64
+    assert torch.equal(result.images, model.decode(indices).float().clamp(-1, 1))
+    assert result.num_bytes.tolist() == pytest.approx([6 * math.log2(12) / 8] * 3)
+    assert (reconstructor.codebook_size, reconstructor.settings["class"]) == (12, "TiTokModel")
+    assert reconstructor.settings["dtype"] == str(dtype)
+    with pytest.raises(ValueError, match="takes images of 32 x 32 pixels, not of 32 x 40"):
+        reconstructor(torch.zeros(1, 3, 32, 40), [0])
+    assert not TiTokReconstructor(model.train(), "titok").model.training
+
+
+def test_titok_without_its_package(tmp_path, monkeypatch):
+    """Catches a class that is called unknown where only its package is missing."""
+    TiTokModel(**TINY_TITOK).save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "titok_pytorch", None)
+    with pytest.raises(ImportError, match="pip install"):
+        load_baseline(str(tmp_path))
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The script that measures tokenizers."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,9 +15,9 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import AutoencoderTiny, VQModel
+from peers import TINY_TITOK, TINY_VQMODEL
 from processes import forget_accelerators, on_processes
 from scripts import load_script
-from vqmodels import TINY_VQMODEL
 
 from flowmo_diffusers import FlowMoPipeline
 from flowmo_diffusers.engine.seeding import keyed_generator
@@ -24,6 +25,7 @@ from flowmo_diffusers.metrics.features import FeatureNetwork
 from flowmo_diffusers.metrics.frechet import Moments, frechet_distance
 from flowmo_diffusers.metrics.manifold import precision_recall
 from flowmo_diffusers.metrics.reconstruction import psnr, ssim
+from flowmo_diffusers.models.titok import TiTokModel
 
 
 SCRIPT = Path(__file__).parents[1] / "training" / "evaluate_reconstruction.py"
@@ -190,6 +192,10 @@ def test_a_peer_of_ones_own(tmp_path, images, tiny):
     assert figures["bits_per_pixel"] == 16 * 16 * 3 / 32**2 and figures["bytes_per_image"] == 96
     assert figures["used_codes"] <= 2 and figures["usable_codes"] == 8 and figures["max_entropy_bits"] == 3
     assert "dead_bits" in ours["figures"] and "dead_bits" not in figures
+    TiTokModel(**TINY_TITOK).save_pretrained(tmp_path / "titok")
+    (titok,) = run(tmp_path, images, "--metrics", "--baseline", tmp_path / "titok")["results"]
+    assert titok["figures"]["bytes_per_image"] == pytest.approx(6 * math.log2(12) / 8)
+    assert 1 <= titok["figures"]["used_codes"] <= titok["figures"]["usable_codes"] == 12
     named_alike = [str(tmp_path / folder / "vq") for folder in ("a", "b")]
     results = run(tmp_path, images, "--metrics", "--baseline", *named_alike)["results"]
     assert [result["name"] for result in results] == named_alike

@@ -179,7 +179,7 @@ def test_claims_name_runs(results):
     """Catches a claim or a table of a run that there is not."""
     names = {path.stem for kind in ("tokenizer", "peers") for path in (STUDY / kind).glob("*.yaml")}
     named = {run for claim in results.CLAIMS for run in claim.runs}
-    assert named | results.STAGES.keys() | results.ABLATIONS.keys() <= names
+    assert named | results.STAGES.keys() | results.ABLATIONS.keys() | results.PEERS.keys() <= names
 
 
 def record(*results: tuple[str, dict]) -> dict:

@@ -308,9 +308,13 @@ PEERS = {
     "lo_1b": "FlowMo-Lo",
     "vq_lo": "VQModel",
     "vq_lo_lpips": "VQModel, LPIPS",
+    "titok_lo": "TiTok",
+    "titok_lo_lpips": "TiTok, LPIPS",
     "hi_1b": "FlowMo-Hi",
     "vq_hi": "VQModel",
     "vq_hi_lpips": "VQModel, LPIPS",
+    "titok_hi": "TiTok",
+    "titok_hi_lpips": "TiTok, LPIPS",
 }
 
 

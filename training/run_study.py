@@ -136,9 +136,9 @@ class Run:
 
 
 class PeerRun(Run):
-    """An autoencoder of diffusers."""
+    """An autoencoder of another package."""
 
-    script = "train_vqmodel.py"
+    script = "train_peer.py"
     subject = "--baseline"
 
 

@@ -1,4 +1,4 @@
-"""diffusers' image autoencoders as reconstructors, and any peer by a word."""
+"""diffusers' image autoencoders and TiTok as reconstructors, and any peer by a word."""
 
 import math
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from flowmo_diffusers.engine.digests import config_entries, module_digest
 from flowmo_diffusers.engine.seeding import keyed_generator
 from flowmo_diffusers.metrics.codecs import CODECS, CodecReconstructor
 from flowmo_diffusers.metrics.reconstructors import Reconstruction, Reconstructor
+from flowmo_diffusers.models.titok import TiTokModel
 
 
 # The entry of its configuration that says by how much a class divides height and width: the factor itself, or the
@@ -31,10 +32,8 @@ _LEVELS = {
 SUPPORTED = (*_LEVELS, "AutoencoderRAE")
 
 # What is stored of an image, where it is not float16 latents.
-_COUNTED = {
-    "AutoencoderTiny": "8 bits a number of the latents",
-    "VQModel": "log2(codebook size) bits an index",
-}
+_INDICES = "log2(codebook size) bits an index"
+_COUNTED = {"AutoencoderTiny": "8 bits a number of the latents", "VQModel": _INDICES}
 
 
 class DiffusersReconstructor(Reconstructor):
@@ -116,18 +115,51 @@ class DiffusersReconstructor(Reconstructor):
 
     def _check_size(self, height: int, width: int) -> None:
         if self.kind == "AutoencoderRAE":
-            side = self.autoencoder.decoder_image_size
-            if (height, width) != (side, side):
-                raise ValueError(
-                    f"baseline {self.name!r} takes images of {side} x {side} pixels, not of {height} x {width}"
-                )
-            return
+            return _check_square(self.name, self.autoencoder.decoder_image_size, height, width)
         levels = self.autoencoder.config[_LEVELS[self.kind]]
         factor = levels if isinstance(levels, int) else 2 ** (len(levels) - 1)
         if height % factor or width % factor:
             raise ValueError(
                 f"baseline {self.name!r} takes sides that are multiples of {factor}, not {height} x {width} pixels"
             )
+
+
+class TiTokReconstructor(Reconstructor):
+    """
+    A [`TiTokModel`], of which indices are stored, log2(codebook size) bits each, which need not be whole.
+
+    Args:
+        model: On its device, in its dtype; it is put into evaluation mode.
+        name: Of its row.
+    """
+
+    def __init__(self, model: TiTokModel, name: str):
+        self.model = model.eval()
+        self.codebook_size = model.config.codebook_size
+        settings = {
+            "class": type(model).__name__,
+            "weights": module_digest(model),
+            "autoencoder": config_entries(model),
+            "dtype": str(model.dtype),
+            "counted": _INDICES,
+        }
+        super().__init__(name, settings)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor, numbers: Sequence[int]) -> Reconstruction:
+        """
+        See [`Reconstructor`].
+
+        Raises:
+            ValueError: If images are not of the model's size.
+        """
+        model, side = self.model, self.model.config.sample_size
+        _check_square(self.name, side, *images.shape[-2:])
+        indices = model.encode(images.to(model.device, model.dtype))
+        y = model.decode(indices).float().cpu().clamp(-1, 1)
+        bits = indices.shape[1] * math.log2(self.codebook_size)
+        num_bytes = torch.full((len(images),), bits / 8, dtype=torch.float64)
+        return Reconstruction(y, num_bytes, indices[..., None].cpu())
 
 
 def load_baseline(
@@ -142,14 +174,15 @@ def load_baseline(
 
     Args:
         spec: "jpeg" or "webp", within `num_bytes`; "jpeg:75" or "webp:50", at that quality; or the folder or Hub id of
-            an autoencoder of diffusers, with ":" and a subfolder where it is part of something larger, as in
-            "stabilityai/stable-diffusion-xl-base-1.0:vae".
+            an autoencoder of diffusers or a [`TiTokModel`], with ":" and a subfolder where it is part of something
+            larger, as in "stabilityai/stable-diffusion-xl-base-1.0:vae".
         num_bytes: The most bytes an image may take of a codec without a quality; otherwise not used.
         device: Of the autoencoder.
         dtype: Of the autoencoder.
         name: Of the autoencoder's row; default: `spec`. Codecs have their own.
 
     Raises:
+        ImportError: If the package of a [`TiTokModel`] is not installed.
         ValueError: If a codec has neither or a wrong quality, or what is named is no image autoencoder.
         OSError: If there is nothing of that name, or no safetensors in it.
     """
@@ -167,13 +200,17 @@ def load_baseline(
             f"'id:vae' ({error})"
         ) from None
     kind = config.get("_class_name")
-    _check_supported(kind, spec)
-    autoencoder, info = getattr(diffusers, kind).from_pretrained(
+    if kind == TiTokModel.__name__:
+        model_class, reconstructor = TiTokModel, TiTokReconstructor
+    else:
+        _check_supported(kind, spec)
+        model_class, reconstructor = getattr(diffusers, kind), DiffusersReconstructor
+    autoencoder, info = model_class.from_pretrained(
         path, subfolder=subfolder, use_safetensors=True, torch_dtype=dtype, output_loading_info=True
     )
     if info["missing_keys"]:
         raise ValueError(f"baseline {spec!r}: its weights lack {sorted(info['missing_keys'])}")
-    return DiffusersReconstructor(autoencoder.to(device), name or spec)
+    return reconstructor(autoencoder.to(device), name or spec)
 
 
 def _load_codec(codec: str, quality: str | None, num_bytes: int | None) -> CodecReconstructor:
@@ -194,5 +231,10 @@ def _check_supported(kind: str | None, name: str) -> None:
     if kind not in SUPPORTED:
         raise ValueError(
             f"baseline {name!r} is of class {kind}, which is no image autoencoder that can be evaluated; these can: "
-            f"{', '.join(SUPPORTED)}"
+            f"{', '.join((*SUPPORTED, TiTokModel.__name__))}"
         )
+
+
+def _check_square(name: str, side: int, height: int, width: int) -> None:
+    if (height, width) != (side, side):
+        raise ValueError(f"baseline {name!r} takes images of {side} x {side} pixels, not of {height} x {width}")

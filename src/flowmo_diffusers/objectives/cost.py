@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import VQModel
+from diffusers import ModelMixin
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowmo_diffusers.models.flops import decoder_attention_flops, decoder_flops, encoder_flops, generator_flops
-from flowmo_diffusers.objectives.vqmodel import vqmodel_loss
+from flowmo_diffusers.objectives.peer import peer_loss
 
 
 def pretraining_flops(config: Mapping[str, Any], height: int, width: int, encoder_trained: bool = True) -> int:
@@ -77,18 +78,22 @@ def generator_training_flops(config: Mapping[str, Any]) -> int:
     return 3 * generator_flops(config)
 
 
-def vqmodel_training_flops(config: Mapping[str, Any], height: int, width: int) -> int:
+def peer_training_flops(model_class: type[ModelMixin], config: Mapping[str, Any], height: int, width: int) -> int:
     """
-    Model FLOPs of training diffusers' `VQModel` on one image, counted while it trains on one that has no numbers:
-    convolutions, attention and the search for the nearest codes.
+    Model FLOPs of training a peer on one image, counted while it trains on one, on the CPU: convolutions, linear
+    layers, attention and the search for the nearest codes.
 
     Args:
+        model_class: `diffusers.VQModel` or [`TiTokModel`].
         config: The model's.
-        height: Of the image in pixels; a multiple of what the model divides it by, as is `width`.
+        height: Of the image in pixels; what the model takes, as is `width`.
     """
     search = dict.fromkeys((torch.ops.aten._euclidean_dist, torch.ops.aten._cdist_forward), _distance_flops)
-    with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=search) as counter:
-        vqmodel_loss(VQModel.from_config(config), torch.zeros(1, 3, height, width))["loss"].backward()
+    # Attention as products of matrices: what a kernel computes again in its backward pass is not the model's.
+    with torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH):
+        model, x = model_class.from_config(config), torch.zeros(1, 3, height, width)
+        with FlopCounterMode(display=False, custom_mapping=search) as counter:
+            peer_loss(model, x)["loss"].backward()
     return counter.get_total_flops()
 
 

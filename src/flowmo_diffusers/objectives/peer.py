@@ -1,26 +1,30 @@
-"""The losses that diffusers has for its `VQModel`, a peer of FlowMo."""
+"""The loss of FlowMo's trained peers: what their packages have, and nothing adversarial."""
 
 from collections.abc import Callable
 
 import torch
 
 
-def vqmodel_loss(
+def peer_loss(
     model: torch.nn.Module,
     x: torch.Tensor,
     perceptual: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     perceptual_weight: float = 0.1,
 ) -> dict[str, torch.Tensor]:
     """
-    L = |y - x|^2 + |sg(e) - z|^2 + 0.25 |e - sg(z)|^2 + w L_perc(x, y), means over all numbers: y the reconstruction,
-    z what the encoder gives, e the codes nearest to it, sg "without gradient" (VQ-VAE, arXiv 1711.00937, equation 3).
+    L = |y - x|^2 + L_codebook + w L_perc(x, y), means over all numbers, y the reconstruction.
 
-    The two terms of the codebook are those that the model returns, with its weights: diffusers' `VQModel` has the
-    quantizer's `legacy` form, in which the 0.25 is at the codes and not, as in the paper, at the encoder. There is no
-    adversarial loss: diffusers, the package, has no discriminator.
+    L_codebook is what the model returns, with its weights; z what the encoder gives, e the codes nearest to it, sg
+    "without gradient":
+
+    - `VQModel`: |sg(e) - z|^2 + 0.25 |e - sg(z)|^2 (VQ-VAE, arXiv 1711.00937, equation 3). It has the quantizer's
+      `legacy` form, in which the 0.25 is at the codes and not, as in the paper, at the encoder.
+    - [`TiTokModel`]: |e - z|^2, with gradient to both.
+
+    There is no adversarial loss: neither package has a discriminator.
 
     Args:
-        model: A `diffusers.VQModel` in training mode, wrapped or not.
+        model: A `diffusers.VQModel` or a [`TiTokModel`] in training mode, wrapped or not.
         x: Images (b, 3, h, w) in [-1, 1].
         perceptual: Distance (x, y) -> (b,), or `None` to leave the term out.
         perceptual_weight: w.

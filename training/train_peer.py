@@ -1,12 +1,14 @@
 #!/usr/bin/env python
 """
-Trains a peer of FlowMo: diffusers' `VQModel`, on the same engine, by what diffusers has of its losses: squared error
-and those of the codebook, with or without LPIPS. There is no adversarial loss.
+Trains a peer of FlowMo on the same engine: diffusers' `VQModel`, or a 1D tokenizer in the manner of TiTok
+(titok-pytorch), by what their packages have of losses: squared error and that of the codebook, with or without LPIPS.
+There is no adversarial loss.
 
-    accelerate launch training/train_vqmodel.py --config training/configs/study/peers/vq_lo.yaml \
-        --train_data_dir my_images --output_dir my_vqmodel
+    accelerate launch training/train_peer.py --config training/configs/study/peers/vq_lo.yaml \
+        --train_data_dir my_images --output_dir my_peer
 
-The output folder is what `VQModel.from_pretrained` loads, and `evaluate_reconstruction.py --baseline`.
+The output folder is what `VQModel.from_pretrained` or `TiTokModel.from_pretrained` loads, and
+`evaluate_reconstruction.py --baseline`.
 """
 
 import argparse
@@ -18,7 +20,7 @@ from typing import Any
 import PIL.Image
 import torch
 from accelerate import Accelerator
-from diffusers import VQModel
+from diffusers import ModelMixin, VQModel
 
 from flowmo_diffusers.data.image_task import ImageTask
 from flowmo_diffusers.data.loading import ShuffledImages, StreamedImages
@@ -42,13 +44,17 @@ from flowmo_diffusers.engine.training_options import (
     course,
     read_config,
 )
-from flowmo_diffusers.metrics.baselines import DiffusersReconstructor
+from flowmo_diffusers.metrics.baselines import DiffusersReconstructor, TiTokReconstructor
 from flowmo_diffusers.metrics.pictures import labelled_rows
 from flowmo_diffusers.metrics.validation import PeerValidation
-from flowmo_diffusers.objectives.cost import vqmodel_training_flops
+from flowmo_diffusers.models.titok import TiTokModel
+from flowmo_diffusers.objectives.cost import peer_training_flops
+from flowmo_diffusers.objectives.peer import peer_loss
 from flowmo_diffusers.objectives.perceptual import PerceptualDistance, load_perceptual_network
-from flowmo_diffusers.objectives.vqmodel import vqmodel_loss
 
+
+MODELS: dict[str, type[ModelMixin]] = {"vqmodel": VQModel, "titok": TiTokModel}
+RECONSTRUCTORS = {"vqmodel": DiffusersReconstructor, "titok": TiTokReconstructor}
 
 MEASURED = "lpips-alex"  # at each validation, whatever is optimised
 
@@ -60,7 +66,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output_dir", type=Path, required=True, help="where the trained model is written")
-    add("--model_config", help="JSON file or text with VQModel's fields; default: its own")
+    add("--architecture", choices=list(MODELS), default="vqmodel")
+    add("--model_config", help="JSON file or text with the model's fields; default: its own")
     add_training_data_options(parser.add_argument_group("data"))
 
     optim = parser.add_argument_group("optimisation")
@@ -83,8 +90,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     rules = (
         *data_rules(args),
         (args.perceptual_weights and args.perceptual == "none", "--perceptual_weights: --perceptual none has none"),
-        (args.gradient_checkpointing, "--gradient_checkpointing: a VQModel has none"),
-        (args.compile, "--compile: a VQModel has no repeated blocks to be compiled"),
+        (args.gradient_checkpointing, "--gradient_checkpointing: a peer has none"),
+        (args.compile, "--compile: a peer has no repeated blocks to be compiled"),
     )
     check_options(parser, args, limits, rules)
     return args
@@ -95,13 +102,22 @@ def read_model_config(args: argparse.Namespace) -> dict[str, Any]:
     The model's fields, without its weights.
 
     Raises:
+        ImportError: If the package of the model is not installed.
         ValueError: If a field is unknown, or the model is not for such images.
     """
+    model_class = MODELS[args.architecture]
     given = {name: value for name, value in read_config(args.model_config).items() if name[0] != "_"}
-    if unknown := sorted(given.keys() - inspect.signature(VQModel).parameters.keys()):
-        raise ValueError(f"--model_config: VQModel has no fields {unknown}")
+    if unknown := sorted(given.keys() - inspect.signature(model_class).parameters.keys()):
+        raise ValueError(f"--model_config: {model_class.__name__} has no fields {unknown}")
     with torch.device("meta"):
-        config = config_entries(VQModel(**given))
+        config = config_entries(model_class(**given))
+    if args.architecture == "vqmodel":
+        check_vqmodel(config)
+    return config
+
+
+def check_vqmodel(config: Mapping[str, Any]) -> None:
+    """What `VQModel` does not look at itself. Raises `ValueError`."""
     levels = len(config["block_out_channels"])
     for name in ("down_block_types", "up_block_types"):
         if len(config[name]) != levels:
@@ -112,29 +128,31 @@ def read_model_config(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             "--model_config: lookup_from_codebook marks models of images in [0, 1]; here they are [-1, 1]"
         )
-    return config
 
 
 def image_side(args: argparse.Namespace, config: Mapping[str, Any]) -> int:
-    """Of the training images. Raises `ValueError` where the model cannot divide it."""
-    side, factor = args.resolution or config["sample_size"], 2 ** (len(config["block_out_channels"]) - 1)
-    if side % factor:
+    """Of the training images. Raises `ValueError` where the model does not take it."""
+    side = args.resolution or config["sample_size"]
+    if args.architecture == "titok" and side != config["sample_size"]:
+        raise ValueError(f"--resolution {side}: the model takes its sample_size of {config['sample_size']} only")
+    if args.architecture == "vqmodel" and side % (factor := 2 ** (len(config["block_out_channels"]) - 1)):
         raise ValueError(f"--resolution {side} must be a multiple of {factor}, by which the model divides it")
     return side
 
 
-class VQModelTraining(ImageTask):
+class PeerTraining(ImageTask):
     """The peer."""
 
     def __init__(
         self,
         args: argparse.Namespace,
         accelerator: Accelerator,
-        model: VQModel,
+        model: ModelMixin,
         images: ShuffledImages | StreamedImages,
         originals: torch.Tensor,
+        flops: int,
     ):
-        super().__init__("vqmodel", model, args, accelerator, images, originals)
+        super().__init__(args.architecture, model, args, accelerator, images, originals)
         files = {MEASURED: None, args.perceptual: args.perceptual_weights}
         networks = {
             name: load_perceptual_network(name, path).to(accelerator.device)
@@ -148,24 +166,24 @@ class VQModelTraining(ImageTask):
                 )
         self.perceptual: PerceptualDistance | None = networks.get(args.perceptual)
         self.validation = PeerValidation(accelerator, originals, networks, args.train_batch_size)
-        self.flops = vqmodel_training_flops(model.config, *originals.shape[-2:])
+        self.flops = flops
 
     def losses(self, batch: dict) -> Losses:
         x = batch["images"].to(self.accelerator.device, non_blocking=True)
-        return vqmodel_loss(self.trained, x, self.perceptual, self.args.perceptual_weight)
+        return peer_loss(self.trained, x, self.perceptual, self.args.perceptual_weight)
 
     def flops_per_image(self, step: int) -> float:
         return self.flops
 
     def validate(self, step: int) -> tuple[dict[str, float], PIL.Image.Image]:
-        reconstructions, figures = self.validation(DiffusersReconstructor(self.model, self.name))
+        reconstructions, figures = self.validation(RECONSTRUCTORS[self.args.architecture](self.model, self.name))
         rows = {"original": self.validation.originals[:12], f"{self.name}, step {step}": reconstructions[:12]}
         return figures, labelled_rows(rows)
 
     def guarded(self, figures: Mapping[str, float]) -> float:
         return -figures["psnr"]
 
-    def save(self, model: VQModel, folder: Path) -> None:
+    def save(self, model: ModelMixin, folder: Path) -> None:
         model.save_pretrained(folder)
 
     def publish(self, facts: dict[str, Any], pictures: list[Path]) -> None:
@@ -175,6 +193,8 @@ class VQModelTraining(ImageTask):
 def main(args: argparse.Namespace) -> None:
     model_config = read_model_config(args)
     side = image_side(args, model_config)
+    # Before there are other processes, with which a quantizer would talk.
+    flops = peer_training_flops(MODELS[args.architecture], model_config, side, side)
     accelerator = start(args)
     facts = {f"model.{name}": value for name, value in model_config.items()}
     facts |= reader_facts(args, accelerator.num_processes)
@@ -182,10 +202,11 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = starting_point(args, config)
     make_ready(args, accelerator)
 
-    model = VQModel(**model_config)
+    model = MODELS[args.architecture](**model_config)
     with accelerator.local_main_process_first():  # the others find caches and indices made
         images, originals = build_training_images(args, side)
-    Trainer(VQModelTraining(args, accelerator, model, images, originals), args, accelerator, config).run(checkpoint)
+    task = PeerTraining(args, accelerator, model, images, originals, flops)
+    Trainer(task, args, accelerator, config).run(checkpoint)
 
 
 if __name__ == "__main__":
