@@ -143,7 +143,10 @@ def test_the_whole_image(tab, photo: Path):
     """A box that is ticked to no effect, or that cannot be unticked."""
     tab.locator("#image input[type=file]").set_input_files(photo)
     assert "windows" not in figures(tab)
-    tab.get_by_label("number input for Steps").fill("8")
+    number = tab.get_by_label("number input for Steps")
+    number.fill("8")
+    number.press("Tab")
+    tab.get_by_role("cell", name="31", exact=True).wait_for(state="detached")  # a person waits for it too
     tab.get_by_label("The whole image, in windows").check()
     tab.get_by_role("columnheader", name="windows").wait_for()
     assert "more than 65 536 pixels is made smaller" in tab.locator("#whole").inner_text()
