@@ -244,7 +244,7 @@ def test_what_is_no_token_file_of_this_model_is_refused(photos, tmp_path, tiny_p
         "cut": "cut off: 233 bytes of 242",
         "foreign": "not a FlowMo token file",
         "odd": "height=30 and width=32 must be positive multiples of the patch size 4, or .*",
-        "tiny": r"tokens of another tokenizer: \w{32} \(tiny\), not 9306206f3c66b2933be748ad90af5152",
+        "tiny": r"tokens of another tokenizer: \w{32} \(tiny\), not 6bdb010e641ced8e9e542c24e3a68599",
         "windows": "window_size=34 must be a multiple of the patch size 4",
     }
     assert len(errors) == len(reasons)
@@ -287,7 +287,7 @@ def test_inspect_shows_a_token_file(photos, tmp_path, capsys):
     capsys.readouterr()
     assert flowmo("inspect", tmp_path / "a.flowmo", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["tokenizer"] == "9306206f3c66b2933be748ad90af5152" and facts["name"] == "starter"
+    assert facts["tokenizer"] == "6bdb010e641ced8e9e542c24e3a68599" and facts["name"] == "starter"
     assert (facts["code_bytes"], facts["file_bytes"], facts["num_rows"]) == (192, 242, 1)
     assert "windows" not in facts
     (tmp_path / "a.flowmo").write_bytes(b"FLOWMO")
@@ -448,7 +448,7 @@ def test_installed_command(photos, tmp_path):
     assert done.stdout.startswith(f"{photos / 'a.png'} -> {tmp_path / 'a.flowmo'}: 32 x 32 pixels, 242 bytes\n")
     module = [sys.executable, "-m", "flowmo_diffusers", "inspect", tmp_path / "a.flowmo"]
     done = subprocess.run(module, capture_output=True, text=True, check=True)
-    assert "tokenizer: 9306206f3c66b2933be748ad90af5152" in done.stdout
+    assert "tokenizer: 6bdb010e641ced8e9e542c24e3a68599" in done.stdout
     reader = subprocess.Popen(module, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     reader.stdout.close()
     assert reader.stderr.read() == ""

@@ -34,6 +34,14 @@ SHORT = {
     "posttrain": {"max_train_steps": 40, "ema_decay": 0.9},
     "generator": {"max_train_steps": 80, "lr_warmup_steps": 20, "ema_decay": 0.9, "num_inference_steps": 16},
 }
+# Name, preset and stage of the runs from nothing to the starter, each from the last one's result.
+FROM_SCRATCH = (
+    ("pre-training on emoji", "starter", "pretrain"),
+    ("post-training on emoji", "starter", "posttrain"),
+    ("pre-training on photos too", "starter_photos", "pretrain"),
+    ("post-training on photos too", "starter_photos", "posttrain"),
+    ("distillation", "starter_photos", "distill"),
+)
 SAMPLING = {"num_inference_steps": 64, "guidance_scale": 2.0, "decoder_num_inference_steps": 8}
 
 
@@ -41,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
     parser.add_argument("--evaluate", type=Path, nargs="+", help="only measure these pipelines on the held-out images")
-    parser.add_argument("--from_scratch", action="store_true", help="train to the end of the starter's preset (hours)")
+    parser.add_argument("--from_scratch", action="store_true", help="train to the end of the starter's presets (hours)")
     return parser.parse_args()
 
 
@@ -58,9 +66,9 @@ def run_script(name: str, *options: str | Path) -> float:
     return time.perf_counter() - started
 
 
-def train(stage: str, output_dir: Path, *options: str) -> float:
-    """Trains a tokenizer by the starter's preset."""
-    preset = ("--config", HERE / "configs" / "starter.yaml", "--mixed_precision", precision())  # over the preset's
+def train(preset: str, stage: str, output_dir: Path, *options: str | Path) -> float:
+    """Trains a tokenizer by one of the starter's presets."""
+    preset = ("--config", HERE / "configs" / f"{preset}.yaml", "--mixed_precision", precision())  # over the preset's
     return run_script("train_flowmo.py", *preset, "--stage", stage, "--output_dir", output_dir, *options)
 
 
@@ -121,7 +129,7 @@ def reconstruct(folder: Path, images: torch.Tensor, perceptual: torch.nn.Module)
 
 def main() -> None:
     args = parse_args()
-    held_out = load_images("emoji")["test"].select(range(NUM_IMAGES))
+    held_out = load_images("emoji+birds")["test"].pick(NUM_IMAGES)
     perceptual = load_perceptual_network("lpips-alex")
     starter = asset_path("starter")
     side = FlowMoAutoencoder.load_config(starter, subfolder="autoencoder")["sample_size"]
@@ -145,23 +153,21 @@ def main() -> None:
             add(str(folder), folder)
         return
     add("starter", starter)
-    pretrained, posttrained = args.output_dir / "pretrain", args.output_dir / "posttrain"
-    if not args.from_scratch:  # the long run continues where it was left
-        shutil.rmtree(pretrained, ignore_errors=True)
-        shutil.rmtree(posttrained, ignore_errors=True)
-
-    length = "full" if args.from_scratch else "a few minutes of"
-    seconds = train("pretrain", pretrained, *steps("pretrain", args.from_scratch))
-    add(f"{length} pre-training", pretrained, train_seconds=seconds)
-    start = ["--pretrained_model_name_or_path", str(pretrained)]
-    seconds = train("posttrain", posttrained, *start, *steps("posttrain", args.from_scratch))
-    add(f"{length} pre- and post-training", posttrained, train_seconds=seconds)
+    runs = FROM_SCRATCH if args.from_scratch else FROM_SCRATCH[:2]
+    start: tuple[str | Path, ...] = ()
+    for name, preset, stage in runs:
+        folder = args.output_dir / name.replace(" ", "_")
+        if not args.from_scratch:  # the long run continues where it was left
+            shutil.rmtree(folder, ignore_errors=True)
+        seconds = train(preset, stage, folder, *start, *steps(stage, args.from_scratch))
+        add(name if args.from_scratch else f"a few minutes of {name}", folder, train_seconds=seconds)
+        start = ("--pretrained_model_name_or_path", folder)
 
     picture = labelled_rows(
         {
             f"{name}   {metrics[name]['psnr']:.1f} dB, LPIPS {metrics[name]['lpips_alex']:.3f}"
             if name in metrics
-            else name: row[:12]
+            else name: row[:: NUM_IMAGES // 12][:12]
             for name, row in rows.items()
         }
     )
