@@ -306,7 +306,7 @@ def test_inspect_shows_a_model(tiny_pipeline, tmp_path, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["class"] == "FlowMoGenerationPipeline" and facts["classes"]["2"] == "Flags"
     tokenizer = facts["tokenizer"]
-    assert tokenizer["tokens"]["bits_per_image"] == 1536 and tokenizer["sampler"]["num_inference_steps"] == 25
+    assert tokenizer["tokens"]["bits_per_image"] == 1536 and tokenizer["sampler"]["num_inference_steps"] == 4
     flops, forwards = tokenizer["flops"], tokenizer["sampler"]["forwards"]
     assert 25 < forwards < 50 and flops["reconstruction"] == flops["encoder"] + forwards * flops["decoder_forward"]
     tiny_pipeline.save_pretrained(tmp_path / "tiny")

@@ -49,7 +49,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
     parser.add_argument("--evaluate", type=Path, nargs="+", help="only measure these pipelines on the held-out images")
-    parser.add_argument("--from_scratch", action="store_true", help="train to the end of the starter's presets (hours)")
+    parser.add_argument(
+        "--from_scratch", action="store_true", help="train to the end of the starter's presets (hours)"
+    )
     return parser.parse_args()
 
 
