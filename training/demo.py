@@ -42,7 +42,7 @@ FROM_SCRATCH = (
     ("post-training on photos too", "starter_photos", "posttrain"),
     ("distillation", "starter_photos", "distill"),
 )
-SAMPLING = {"num_inference_steps": 64, "guidance_scale": 2.0, "decoder_num_inference_steps": 8}
+SAMPLING = {"num_inference_steps": 64, "guidance_scale": 2.0}
 
 
 def parse_args() -> argparse.Namespace:
@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
     parser.add_argument("--evaluate", type=Path, nargs="+", help="only measure these pipelines on the held-out images")
     parser.add_argument(
-        "--from_scratch", action="store_true", help="train to the end of the starter's presets (hours)"
+        "--from_scratch", action="store_true", help="train all the starter's presets to the end (hours)"
     )
     return parser.parse_args()
 

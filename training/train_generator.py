@@ -106,7 +106,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     watch.add_argument("--num_inference_steps", type=int, help="of the picture; default: the pipeline's")
     watch.add_argument("--guidance_scale", type=float, default=2.0, help="of the picture")
-    watch.add_argument("--decoder_num_inference_steps", type=int, default=25, help="of the picture")
+    watch.add_argument(
+        "--decoder_num_inference_steps", type=int, help="of the picture; default: those of the tokenizer's scheduler"
+    )
 
     add_run_options(parser.add_argument_group("run"))
     add_publishing_options(parser.add_argument_group("publishing"))
