@@ -112,11 +112,18 @@ def drag(tab, label: str, share: float) -> None:
     tab.mouse.up()
 
 
+def enter(tab, label: str, value: int) -> None:
+    """A number into the field beside a slider, which takes it when the field is left."""
+    number = tab.get_by_label(f"number input for {label}", exact=True)
+    number.fill(str(value))
+    number.press("Tab")
+    tab.wait_for_timeout(300)
+    assert number.input_value() == str(value)
+
+
 def set_steps(tab, steps: int) -> None:
     """Waits for their result, as a person does."""
-    number = tab.get_by_label("number input for Steps")
-    number.fill(str(steps))
-    number.press("Tab")
+    enter(tab, "Steps", steps)
     tab.get_by_role("cell", name=str(steps), exact=True).wait_for()
 
 
@@ -184,8 +191,8 @@ def test_sample_and_its_steps(tab):
 def test_edit(tab):
     """Controls of one tab that drive the other."""
     tab.get_by_role("tab", name="Edit tokens").click()
-    tab.get_by_label("number input for Bits to flip").fill("100")
-    tab.get_by_label("number input for Last token").fill("31")
+    enter(tab, "Bits to flip", 100)
+    enter(tab, "Last token", 31)
     tab.get_by_role("button", name="Flip", exact=True).click()
     tab.get_by_role("cell", name="100", exact=True).wait_for()
     assert not np.array_equal(shown(tab, "Flipped"), shown(tab, "Reconstruction"))
@@ -201,7 +208,7 @@ def test_generate(tab):
     tab.get_by_role("tab", name="Generate").click()
     tab.locator("#class input").click()
     tab.get_by_role("option", name="Smileys & Emotion").click()
-    tab.get_by_label("number input for Steps of the generator").fill("16")
+    enter(tab, "Steps of the generator", 16)
     tab.locator("#generate").click()
     figures(tab)
     images = tab.locator("#generated .gallery-item img")
