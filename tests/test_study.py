@@ -203,3 +203,24 @@ def test_comparisons(results):
     assert (text, holds) == ("rfid 5.0 → 3.0; psnr 20.00 → 21.00", True)
     assert not results.compare("a", "b", {"rfid": True, "psnr": False})(study)[1]
     assert not results.compare("b", "a", {"rfid": True})(study)[1]
+
+
+def guarded(kept: int, psnr: list[float], distance: list[float]) -> dict:
+    curves = {f"val/{name}": list(enumerate(values)) for name, values in (("psnr", psnr), ("lpips-alex", distance))}
+    training = {"steps": kept, "images_per_second": 2.0, "curves": curves}
+    return {"training": training, "config": {"train_batch_size": 60}}
+
+
+def test_a_guarded_run(results):
+    """Catches hacking seen where there is none, a guard that kept other weights, and half of a training's cost."""
+    psnr, distance = [20.0, 22.0, 21.0], [0.3, 0.2, 0.1]
+
+    def holds(*run) -> bool:
+        return results.hacking(results.Study({"hacked_1b": hacking, "hacked_1b_fast": guarded(*run)}))[1]
+
+    hacking = guarded(1, psnr, distance)
+    assert holds(1, psnr, distance)
+    assert not holds(2, psnr, distance), "another step was kept"
+    assert not holds(2, [20.0, 21.0, 22.0], distance), "PSNR rises to the end"
+    assert not holds(1, psnr, [0.3, 0.2, 0.2]), "what is optimised improves no more"
+    assert results.cost(hacking) == (2, 1.0)

@@ -170,16 +170,21 @@ def widths(study: Study) -> tuple[str, bool]:
 
 
 def hacking(study: Study) -> tuple[str, bool]:
-    """A larger weight alone may be too slow to be seen, hence the run with a larger learning rate too."""
+    """
+    Whether PSNR falls from its best while what is optimised goes on improving, and the guard kept the best: with the
+    larger weight alone, and with a larger learning rate too.
+    """
 
     def ours(run: str) -> tuple[str, bool]:
-        psnr, distance = study.curve(run, "psnr"), study.curve(run, "lpips-alex")
-        best_step, best = max(psnr, key=lambda point: point[1])
-        text = f"PSNR {psnr[0][1]:.2f} → {psnr[-1][1]:.2f} dB, the guard keeps step {best_step} with {best:.2f} dB"
-        return f"LPIPS-Alex {distance[0][1]:.4f} → {distance[-1][1]:.4f}, {text}", psnr[-1][1] < psnr[0][1] <= best
+        psnr, distance = dict(study.curve(run, "psnr")), dict(study.curve(run, "lpips-alex"))
+        kept, last = study.records[run]["training"]["steps"], max(psnr)
+        shown = [f"step {step}: {psnr[step]:.2f} dB, {distance[step]:.4f}" for step in (0, kept, last)]
+        hacked = psnr[last] < psnr[kept] and distance[last] < distance[kept]
+        return f"{shown[0]}; {shown[1]}, kept; {shown[2]}", hacked and psnr[kept] == max(psnr.values())
 
-    texts, holds = zip(*(ours(run) for run in ("hacked_1b", "hacked_1b_fast")), strict=True)
-    return f"100 times the weight: {texts[0]}; and 5 times the learning rate: {texts[1]}", holds[1]
+    texts, hold = zip(*(ours(run) for run in ("hacked_1b", "hacked_1b_fast")), strict=True)
+    text = f"100 times the weight: {texts[0]}. 5 times the learning rate too: {texts[1]}"
+    return f"PSNR, LPIPS-Alex (optimised). {text}", all(hold)
 
 
 def manifolds(study: Study) -> tuple[str, bool]:
@@ -344,18 +349,23 @@ def peers_table(study: Study) -> str:
     return table(["", "bits per pixel", *(f"{name} {FIGURES[name][1]}" for name in SHOWN), "codes used"], rows)
 
 
+def cost(record: Mapping[str, Any]) -> tuple[int, float]:
+    """Steps and minutes of a training; of all of it where a guard kept weights from before its end."""
+    training = record["training"]
+    steps = max(step for curve in training["curves"].values() for step, _ in curve)
+    return steps, steps * record["config"]["train_batch_size"] / training["images_per_second"] / 60
+
+
 def generator_table(study: Study) -> str:
     """A row a training and number of steps."""
     rows = []
-    runs = [record for record in study.records.values() if record["kind"] == "generator"]
-    for record in sorted(runs, key=lambda record: record["training"]["steps"]):
-        training = record["training"]
-        minutes = training["steps"] * record["config"]["train_batch_size"] / training["images_per_second"] / 60
+    for record in sorted((each for each in study.records.values() if each["kind"] == "generator"), key=cost):
+        trained, minutes = cost(record)
         for result in record["results"]:
             figures = result["figures"]
             shown = (f"{figures['fid']:.1f}", f"{figures['precision']:.3f}", f"{figures['recall']:.3f}")
             steps = str(int(result["name"].partition("_")[0]))
-            rows.append([str(training["steps"]), f"{minutes:.0f}", steps, *shown])
+            rows.append([str(trained), f"{minutes:.0f}", steps, *shown])
     return table(["training steps", "minutes", "sampling steps", "FID ↓", "precision ↑", "recall ↑"], rows)
 
 
@@ -363,10 +373,8 @@ def costs_table(study: Study) -> str:
     """What each training took."""
     rows = []
     for name, record in study.records.items():
-        training, config = record["training"], record["config"]
-        images = training["steps"] * config["train_batch_size"]
-        minutes = images / training["images_per_second"] / 60
-        rows.append([f"`{name}`", str(training["steps"]), f"{training['images_per_second']:.0f}", f"{minutes:.0f}"])
+        steps, minutes = cost(record)
+        rows.append([f"`{name}`", str(steps), f"{record['training']['images_per_second']:.0f}", f"{minutes:.0f}"])
     return table(["run", "steps", "images/s", "minutes"], rows)
 
 
