@@ -5,8 +5,9 @@ import json
 import PIL.Image
 import pytest
 import torch
+from matplotlib.axes import Axes
 
-from flowmo_diffusers.metrics.report import distortion_plot, environment, markdown_table, write_json
+from flowmo_diffusers.metrics.report import environment, markdown_table, plot_figures, write_json
 
 
 RESULTS = [
@@ -31,10 +32,19 @@ def test_psnr_official_is_no_psnr_of_another_network():
 
 
 def test_a_plot_is_a_picture_with_a_panel_for_each_distortion(tmp_path):
-    distortion_plot(RESULTS, tmp_path / "plot.png")
+    plot_figures(RESULTS, tmp_path / "plot.png")
     with PIL.Image.open(tmp_path / "plot.png") as picture:
         assert picture.format == "PNG" and picture.width > 1.8 * picture.height
     assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
+
+
+def test_a_plot_against_steps_begins_at_none(tmp_path, monkeypatch):
+    """Catches a logarithm of zero, figures that were not asked for, and points out of order."""
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axes, *points, **style: drawn.extend(plot(axes, *points, **style)))
+    steps = [{"name": "x", "group": "x", "figures": {"steps": s, "psnr": 20.0 + s, "fid": -s}} for s in (5, 0, 9)]
+    plot_figures(steps, tmp_path / "plot.png", "steps", ("fid",))
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in drawn] == [([0, 5, 9], [0, -5, -9])]
 
 
 def test_json_is_whole_and_readable(tmp_path):

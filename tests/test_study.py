@@ -173,6 +173,8 @@ def test_the_page_is_what_was_recorded(results):
     """Catches tables that were edited by hand, or not made anew."""
     page = (ROOT / "docs" / "results.md").read_text()
     assert results.fill(page, results.Study.read(ROOT / "docs" / "results")) == page
+    for name in results.PLOTS:
+        assert f"(images/{name})" in page and (ROOT / "docs" / "images" / name).is_file()
 
 
 def test_claims_name_runs(results):

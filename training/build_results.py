@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmo_diffusers.engine.files import atomic_file
-from flowmo_diffusers.metrics.report import FIGURES, distortion_plot
+from flowmo_diffusers.metrics.report import DISTORTIONS, FIGURES, plot_figures
 
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -349,6 +349,19 @@ def peers_table(study: Study) -> str:
     return table(["", "bits per pixel", *(f"{name} {FIGURES[name][1]}" for name in SHOWN), "codes used"], rows)
 
 
+def hacking_rows(study: Study) -> list[dict[str, Any]]:
+    """One for each validation of stage 1B as it should be, and hacked."""
+    labels = {"lo_1b": "stage 1B", "hacked_1b": "100 times the weight", "hacked_1b_fast": "and 5 times the rate"}
+    rows = []
+    for run, label in labels.items():
+        if run in study.records:
+            distances = dict(study.curve(run, "lpips-alex"))
+            for step, psnr in study.curve(run, "psnr"):
+                figures = {"steps": step, "psnr": psnr, "lpips_alex": distances[step]}
+                rows.append({"name": f"{label}, step {step}", "group": label, "figures": figures})
+    return rows
+
+
 def cost(record: Mapping[str, Any]) -> tuple[int, float]:
     """Steps and minutes of a training; of all of it where a guard kept weights from before its end."""
     training = record["training"]
@@ -356,16 +369,24 @@ def cost(record: Mapping[str, Any]) -> tuple[int, float]:
     return steps, steps * record["config"]["train_batch_size"] / training["images_per_second"] / 60
 
 
-def generator_table(study: Study) -> str:
-    """A row a training and number of steps."""
+def generator_rows(study: Study) -> list[dict[str, Any]]:
+    """One for each training and number of sampling steps."""
     rows = []
     for record in sorted((each for each in study.records.values() if each["kind"] == "generator"), key=cost):
         trained, minutes = cost(record)
         for result in record["results"]:
-            figures = result["figures"]
-            shown = (f"{figures['fid']:.1f}", f"{figures['precision']:.3f}", f"{figures['recall']:.3f}")
-            steps = str(int(result["name"].partition("_")[0]))
-            rows.append([str(trained), f"{minutes:.0f}", steps, *shown])
+            group = f"{int(result['name'].partition('_')[0])} steps of sampling"
+            figures = {"steps": trained, "minutes": minutes} | result["figures"]
+            rows.append({"name": f"{trained} steps, {group}", "group": group, "figures": figures})
+    return rows
+
+
+def generator_table(study: Study) -> str:
+    rows = []
+    for row in generator_rows(study):
+        figures = row["figures"]
+        shown = (f"{figures['fid']:.1f}", f"{figures['precision']:.3f}", f"{figures['recall']:.3f}")
+        rows.append([str(figures["steps"]), f"{figures['minutes']:.0f}", row["group"].partition(" ")[0], *shown])
     return table(["training steps", "minutes", "sampling steps", "FID ↓", "precision ↑", "recall ↑"], rows)
 
 
@@ -386,6 +407,12 @@ BLOCKS: dict[str, Callable[[Study], str]] = {
     "generator": generator_table,
     "costs": costs_table,
 }
+# Pictures by their names: what is in them, against what, and which figures.
+PLOTS: dict[str, tuple[Callable[[Study], list[dict[str, Any]]], str, Sequence[str]]] = {
+    "study_peers.png": (peers_rows, "bits_per_pixel", DISTORTIONS),
+    "study_hacking.png": (hacking_rows, "steps", ("psnr", "lpips_alex")),
+    "study_generator.png": (generator_rows, "minutes", ("fid", "precision", "recall")),
+}
 
 
 def fill(page: str, study: Study) -> str:
@@ -403,7 +430,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results_dir", type=Path, default=DOCS / "results")
     parser.add_argument("--page", type=Path, default=DOCS / "results.md")
-    parser.add_argument("--plot", type=Path, default=DOCS / "images" / "study_peers.png")
+    parser.add_argument("--images_dir", type=Path, default=DOCS / "images")
     return parser.parse_args(argv)
 
 
@@ -412,8 +439,9 @@ def main(args: argparse.Namespace) -> None:
     page = fill(args.page.read_text(), study)
     with atomic_file(args.page) as path:
         path.write_text(page)
-    if peers := peers_rows(study):
-        distortion_plot(peers, args.plot)
+    for name, (rows, against, figures) in PLOTS.items():
+        if drawn := rows(study):
+            plot_figures(drawn, args.images_dir / name, against, figures)
 
 
 if __name__ == "__main__":

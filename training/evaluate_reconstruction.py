@@ -49,7 +49,7 @@ from flowmo_diffusers.metrics.options import (
 from flowmo_diffusers.metrics.pictures import labelled_rows
 from flowmo_diffusers.metrics.reconstruction import psnr_of
 from flowmo_diffusers.metrics.reconstructors import FlowMoReconstructor, Reconstructor
-from flowmo_diffusers.metrics.report import distortion_plot, environment, markdown_table, write_json
+from flowmo_diffusers.metrics.report import environment, markdown_table, plot_figures, write_json
 from flowmo_diffusers.objectives.perceptual import load_perceptual_network
 
 
@@ -394,10 +394,10 @@ def report(args: argparse.Namespace, conditions: dict, results: list[dict], devi
         path.write_text(table)
     print(table, flush=True)
     if len({result["group"] for result in results}) > 1:
-        distortion_plot(results, args.output_dir / "rate_distortion.png")
+        plot_figures(results, args.output_dir / "rate_distortion.png")
     by_steps = [{**each, "group": curve(each["name"])} for each in results if "forwards" in each["figures"]]
     if len({each["figures"]["forwards"] for each in by_steps}) > 1:
-        distortion_plot(by_steps, args.output_dir / "forwards.png", against="forwards")
+        plot_figures(by_steps, args.output_dir / "forwards.png", against="forwards")
 
 
 def curve(name: str) -> str:

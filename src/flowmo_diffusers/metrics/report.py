@@ -83,17 +83,29 @@ def _cell(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-AXES = {"bits_per_pixel": "bits per pixel", "forwards": "forwards of the decoder"}
+# What figures are drawn against: label, and whether in powers of 2.
+AXES = {
+    "bits_per_pixel": ("bits per pixel", True),
+    "forwards": ("forwards of the decoder", True),
+    "minutes": ("minutes of training", True),
+    "steps": ("steps of training", False),
+}
 
 
-def distortion_plot(results: Sequence[Mapping[str, Any]], path: Path, against: str = "bits_per_pixel") -> None:
+def plot_figures(
+    results: Sequence[Mapping[str, Any]],
+    path: Path,
+    against: str = "bits_per_pixel",
+    figures: Sequence[str] = DISTORTIONS,
+) -> None:
     """
-    Every distortion that was measured against bits per pixel, or another figure that all results have, as a PNG.
+    Those of the figures that were measured, one plot each, against another figure that all results have, as a PNG.
     Results of one "group" have one colour, and a line if they differ in that figure.
 
     Args:
         results: As for [`markdown_table`], each with a "group" besides.
         against: A name of AXES.
+        figures: Names of FIGURES; all that begin with one are shown, of every network.
 
     Raises:
         ImportError: Without matplotlib.
@@ -102,22 +114,25 @@ def distortion_plot(results: Sequence[Mapping[str, Any]], path: Path, against: s
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     given = {name for result in results for name in result["figures"]}
-    shown = [name for figure in DISTORTIONS for name in sorted(given) if _figure(name) == figure]
+    shown = [name for figure in figures for name in sorted(given) if _figure(name) == figure]
+    label, powers = AXES[against]
     figure = Figure(figsize=(4.2 * len(shown), 4.2), layout="constrained")
     groups = list(dict.fromkeys(result["group"] for result in results))
     for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for number, group in enumerate(groups):
             points = [r["figures"] for r in results if r["group"] == group and name in r["figures"]]
-            points.sort(key=lambda figures: figures[against])
-            places = [figures[against] for figures in points]
+            points.sort(key=lambda point: point[against])
+            places = [point[against] for point in points]
             line = "-" if len(set(places)) == len(places) else ""  # settings of one model share a rate: no curve
             marker = "osD^v<>PX*"[number % 10]
-            axes.plot(places, [figures[name] for figures in points], line + marker, color=f"C{number}", label=group)
-        places = [result["figures"][against] for result in results]
-        axes.set_xscale("log", base=2)
-        axes.set(xlim=(min(places) / 1.6, max(places) * 1.6), xlabel=AXES[against])  # wide enough for a tick
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.plot(places, [point[name] for point in points], line + marker, color=f"C{number}", label=group)
+        axes.set_xlabel(label)
+        if powers:
+            places = [result["figures"][against] for result in results]
+            axes.set_xscale("log", base=2)
+            axes.set_xlim(min(places) / 1.6, max(places) * 1.6)  # wide enough for a tick
+            axes.xaxis.set_major_formatter(ScalarFormatter())
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(f"{name} {FIGURES[_figure(name)][1]}")
         axes.grid(alpha=0.3, which="both")
     figure.axes[0].legend(fontsize="small")
