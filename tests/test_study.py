@@ -98,7 +98,8 @@ def test_all_runs_have_the_same_budget():
         args = tokenizer_options(path.stem)
         if args.stage == "pretrain" and not path.stem.startswith("one_step"):
             images[path.stem] = args.max_train_steps * args.train_batch_size
-    images["mse_first"] += images.pop("mse_first_encoder")
+    for seed in ("", "_seed1"):
+        images[f"mse_first{seed}"] += images.pop(f"mse_first_encoder{seed}")
     assert set(images.values()) == {96_000}
     base = FlowMoAutoencoder(**tokenizer_options("lo_1a").model_config)
     sizes = base.config, 32, 32
@@ -201,10 +202,13 @@ def test_comparisons(results):
     assert study.text("b", "rfid", study.seeds("b")) == "3.5 ± 0.5" and study.mean("b", "psnr", ["", "_seed1"]) == 19.5
     assert (study.mean("a", "rfid", rho=1.0), study.mean("a", "rfid", guidance_scale=1.0)) == (9, 6)
     assert study.seeds("a", "b") == [""], "a seed is compared with another one"
-    text, holds = results.compare("a", "b", {"rfid": True, "psnr": True})(study)
+    text, holds = results.compare("a", "b", {"rfid": True, "psnr": True}, continued=True)(study)
     assert (text, holds) == ("rfid 5.0 → 3.0; psnr 20.00 → 21.00", True)
-    assert not results.compare("a", "b", {"rfid": True, "psnr": False})(study)[1]
-    assert not results.compare("b", "a", {"rfid": True})(study)[1]
+    assert results.compare("a", "b", {"rfid": True})(study)[1] is True
+    assert results.compare("a", "b", {"psnr": True})(study)[1] is None, "two seeds differ by 3 dB"
+    assert results.compare("a", "b", {"rfid": False, "psnr": True})(study)[1] is False
+    assert results.compare("a", "b", {"rfid": True, "psnr": False}, continued=True)(study)[1] is False
+    assert results.compare("b", "a", {"rfid": True})(study)[1] is False
 
 
 def guarded(kept: int, psnr: list[float], distance: list[float]) -> dict:
