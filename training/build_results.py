@@ -7,7 +7,6 @@ between `<!-- name -->` and `<!-- /name -->` is replaced, the text around it sta
 """
 
 import argparse
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -181,9 +180,11 @@ def sampler(before: Mapping[str, float], after: Mapping[str, float]) -> Callable
 
 
 def widths(study: Study) -> tuple[str, Verdict]:
+    """Whether each is better than the one before, and the last clearly better than the first."""
     runs = ("width_2", "lo_1a", "width_4", "width_5")  # lo_1a has a width of 3
-    steps = [compare(*pair, {"rfid": True})(study)[1] for pair in itertools.pairwise(runs)]
-    return "rfid " + ", ".join(study.text(run, "rfid") for run in runs), all_hold(steps)
+    values = [study.mean(run, "rfid") for run in runs]
+    ends = compare(runs[0], runs[-1], {"rfid": True})(study)[1]
+    return "rfid " + ", ".join(f"{value:.1f}" for value in values), all_hold([values == sorted(values)[::-1], ends])
 
 
 def hacking(study: Study) -> tuple[str, bool]:
@@ -346,14 +347,16 @@ PEERS = {
 
 
 def peers_rows(study: Study) -> list[dict[str, Any]]:
-    """All of both rates: name, group and figures, those of other seeds left out."""
+    """All of both rates: name, group and figures, the means over seeds."""
     rows = []
     for run, label in PEERS.items():
         for result in study.records[run]["results"] if run in study.records else ():
             codec = re.match(r"(jpeg|webp), \d+ bytes", result["name"])
             name = codec[1] if codec else label
-            group = re.sub("-Lo|-Hi", "", name)
-            rows.append({"name": name, "group": group, "figures": result["figures"]})
+            figures = result["figures"]
+            if not codec:
+                figures = {figure: study.mean(run, figure, study.seeds(run)) for figure in figures}
+            rows.append({"name": name, "group": re.sub("-Lo|-Hi", "", name), "figures": figures})
     return sorted(rows, key=lambda row: round(row["figures"]["bits_per_pixel"]))
 
 
