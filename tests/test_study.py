@@ -211,6 +211,29 @@ def test_comparisons(results):
     assert results.compare("b", "a", {"rfid": True})(study)[1] is False
 
 
+def test_widths(results):
+    """Catches widths out of order that hold, and a difference between the ends that two seeds can make."""
+
+    def verdict(*rfids: float):
+        runs = zip(("width_2", "lo_1a", "width_4", "width_5", "a", "a_seed1"), (*rfids, 1.0, 5.0), strict=True)
+        return results.widths(results.Study({run: record((run, {"rfid": rfid})) for run, rfid in runs}))[1]
+
+    assert verdict(9.0, 8.0, 7.0, 4.0) is True
+    assert verdict(9.0, 8.0, 7.0, 6.0) is None
+    assert verdict(9.0, 7.0, 8.0, 4.0) is False
+
+
+def test_peers_are_means_over_seeds(results):
+    """Catches a seed left out of the table or of the plot, and a codec's figures taken for a model's."""
+    first, second = ({"bits_per_pixel": 1.0} | dict.fromkeys(results.SHOWN, value) for value in (2.0, 4.0))
+    study = results.Study(
+        {"lo_1b": record(("lo_1b", first), ("jpeg, 128 bytes", first)), "lo_1b_seed1": record(("", second))}
+    )
+    model, codec = results.peers_rows(study)
+    assert (model["group"], model["figures"]["psnr"], model["text"]["psnr"]) == ("FlowMo", 3.0, "3.00 ± 1.00")
+    assert (codec["group"], codec["figures"]["psnr"], codec["text"]["psnr"]) == ("jpeg", 2.0, "2.00")
+
+
 def guarded(kept: int, psnr: list[float], distance: list[float]) -> dict:
     curves = {f"val/{name}": list(enumerate(values)) for name, values in (("psnr", psnr), ("lpips-alex", distance))}
     training = {"steps": kept, "images_per_second": 2.0, "curves": curves}

@@ -26,6 +26,13 @@ Figures = Mapping[str, float]
 Verdict = bool | None  # None where seeds differ by more than what is compared
 
 
+def over_seeds(figure: str, values: Sequence[float]) -> str:
+    """The mean of a figure over seeds, and how far they are from it."""
+    digits = 1 if figure == "rfid" else FIGURES[figure.removesuffix("_train")][0]
+    spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.{digits}f}{spread}"
+
+
 @dataclass
 class Study:
     """
@@ -72,11 +79,7 @@ class Study:
         return abs(self.mean(one, figure, seeds) - self.mean(other, figure, seeds)) > between
 
     def text(self, run: str, figure: str, seeds: Sequence[str] = ("",), **settings: float) -> str:
-        """The mean over seeds, and how far they are from it."""
-        digits = FIGURES[figure][0] if figure != "rfid" else 1
-        values = [self.figures(run + seed, **settings)[figure] for seed in seeds]
-        spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
-        return f"{sum(values) / len(values):.{digits}f}{spread}"
+        return over_seeds(figure, [self.figures(run + seed, **settings)[figure] for seed in seeds])
 
     def curve(self, run: str, figure: str) -> list[tuple[int, float]]:
         return self.records[run]["training"]["curves"][f"val/{figure}"]
@@ -140,12 +143,12 @@ def compare(
 
     def ours(study: Study) -> tuple[str, Verdict]:
         seeds = study.seeds(before, after)
-        shown, holds = [], []
+        texts, holds = [], []
         for name, improves in expected.items():
-            shown.append(f"{name} {study.text(before, name, seeds)} → {study.text(after, name, seeds)}")
+            texts.append(f"{name} {study.text(before, name, seeds)} → {study.text(after, name, seeds)}")
             right = better(name, study.mean(after, name, seeds), study.mean(before, name, seeds)) == improves
             holds.append(right if continued or study.differs(name, before, after, seeds) else None)
-        return "; ".join(shown), all_hold(holds)
+        return "; ".join(texts), all_hold(holds)
 
     return ours
 
@@ -209,9 +212,11 @@ def manifolds(study: Study) -> tuple[str, bool]:
     names = ("precision", "recall", "precision_train", "recall_train")
     seeds = study.seeds("lo_1a", "lo_1b")
     before, after = ([study.mean(run, name, seeds) for name in names] for run in ("lo_1a", "lo_1b"))
-    changes = zip(names, before, after, strict=True)
-    text = "; ".join(f"{name.replace('_train', ' (train)')} {a:.3f} → {b:.3f}" for name, a, b in changes)
-    return text, after[0] > before[0] and after[1] > before[1] and after[3] < before[3]
+    changes = (
+        f"{name.replace('_train', ' (train)')} {study.text('lo_1a', name, seeds)} → {study.text('lo_1b', name, seeds)}"
+        for name in names
+    )
+    return "; ".join(changes), after[0] > before[0] and after[1] > before[1] and after[3] < before[3]
 
 
 ALL_BETTER = {"rfid": True, "psnr": True, "lpips_vgg": True}
@@ -347,16 +352,19 @@ PEERS = {
 
 
 def peers_rows(study: Study) -> list[dict[str, Any]]:
-    """All of both rates: name, group and figures, the means over seeds."""
+    """All of both rates: name, group and figures, the means over seeds, and each figure as text."""
     rows = []
     for run, label in PEERS.items():
         for result in study.records[run]["results"] if run in study.records else ():
             codec = re.match(r"(jpeg|webp), \d+ bytes", result["name"])
             name = codec[1] if codec else label
-            figures = result["figures"]
+            group, figures = re.sub("-Lo|-Hi", "", name), result["figures"]
+            text = {figure: over_seeds(figure, [figures[figure]]) for figure in SHOWN}
             if not codec:
-                figures = {figure: study.mean(run, figure, study.seeds(run)) for figure in figures}
-            rows.append({"name": name, "group": re.sub("-Lo|-Hi", "", name), "figures": figures})
+                seeds = study.seeds(run)
+                text = {figure: study.text(run, figure, seeds) for figure in SHOWN}
+                figures = {figure: study.mean(run, figure, seeds) for figure in figures}
+            rows.append({"name": name, "group": group, "figures": figures, "text": text})
     return sorted(rows, key=lambda row: round(row["figures"]["bits_per_pixel"]))
 
 
@@ -364,9 +372,8 @@ def peers_table(study: Study) -> str:
     rows = []
     for row in peers_rows(study):
         figures = row["figures"]
-        shown = [f"{figures[name]:.{FIGURES[name][0] if name != 'rfid' else 1}f}" for name in SHOWN]
         used = f"{figures['used_codes']:.0f} of {figures['usable_codes']:.0f}" if "used_codes" in figures else ""
-        rows.append([row["name"], f"{figures['bits_per_pixel']:.2f}", *shown, used])
+        rows.append([row["name"], f"{figures['bits_per_pixel']:.2f}", *row["text"].values(), used])
     return table(["", "bits per pixel", *(f"{name} {FIGURES[name][1]}" for name in SHOWN), "codes used"], rows)
 
 
