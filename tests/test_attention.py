@@ -94,9 +94,9 @@ def test_when_it_is_taken(monkeypatch, dtype, backend, fast_products: bool, take
 def test_a_pytorch_that_cannot_tell_has_flash(monkeypatch) -> None:
     """Catches an import that fails where PyTorch does not say what the CPU can do."""
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
-    assert attention._cpu_has("avx512_bf16") is False
+    assert attention.cpu_has("avx512_bf16") is False
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-    assert attention._cpu_has("avx512_bf16") is True
+    assert attention.cpu_has("avx512_bf16") is True
 
 
 def test_models_train_and_compile_with_it(monkeypatch, tiny_autoencoder: FlowMoAutoencoder) -> None:

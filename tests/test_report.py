@@ -1,12 +1,14 @@
 """Figures for people."""
 
 import json
+import platform
 
 import PIL.Image
 import pytest
 import torch
 from matplotlib.axes import Axes
 
+from flowmo_diffusers.metrics import report
 from flowmo_diffusers.metrics.report import environment, markdown_table, plot_figures, write_json
 
 
@@ -58,4 +60,16 @@ def test_json_is_whole_and_readable(tmp_path):
 def test_the_environment_names_hardware_and_versions():
     found = environment(torch.device("cpu"))
     assert found["device"].startswith("cpu: ") and found["packages"]["torch"] == torch.__version__
+    assert torch.backends.cpu.get_cpu_capability() in found["device"]
     json.dumps(found)
+
+
+def test_a_cpu_is_named_with_what_makes_bfloat16_fast(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(report, "cpu_has", lambda feature: feature == "amx_tile")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    report.CPU_INFO.write_text("processor\t: 0\nmodel name\t: Some CPU: 2\nmodel name\t: Some CPU: 2\n")
+    assert environment(torch.device("cpu"))["device"] == "cpu: Some CPU: 2 (AVX512, AMX)"
+    report.CPU_INFO.unlink()
+    architecture = platform.processor() or platform.machine()
+    assert environment(torch.device("cpu"))["device"] == f"cpu: {architecture} (AVX512, AMX)"

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 
 from flowmo_diffusers.engine.files import atomic_file
+from flowmo_diffusers.models.attention import cpu_has
 
+
+CPU_INFO = Path("/proc/cpuinfo")
+CPU_FEATURES = {"AVX512-BF16": "avx512_bf16", "AMX": "amx_tile"}  # what makes bfloat16 fast
 
 PACKAGES = ("flowmo_diffusers", "torch", "diffusers", "transformers", "datasets", "numpy", "pillow")
 
@@ -42,13 +46,23 @@ DISTORTIONS = ("psnr", "ssim", "lpips_vgg", "lpips_alex", "rfid")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware, as plain JSON values."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    """Versions and hardware, as plain JSON values. Of a CPU also the vector instructions that PyTorch uses on it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": f"{device.type}: {name}",
         "python": platform.python_version(),
         "packages": {package: version(package) for package in PACKAGES},
     }
+
+
+def _processor() -> str:
+    name = platform.processor() or platform.machine()
+    if CPU_INFO.exists():  # Linux, where Python knows the architecture at most
+        lines = CPU_INFO.read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    features = [torch.backends.cpu.get_cpu_capability()]
+    features += [label for label, feature in CPU_FEATURES.items() if cpu_has(feature)]
+    return f"{name} ({', '.join(features)})"
 
 
 def write_json(path: Path, value: Any) -> None:

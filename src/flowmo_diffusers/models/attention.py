@@ -9,7 +9,7 @@ from flowmo_diffusers.models.attention_by_products import attend_by_products
 from flowmo_diffusers.models.checkpointing import kept_for_backward
 
 
-def _cpu_has(feature: str) -> bool:
+def cpu_has(feature: str) -> bool:
     """Whether this CPU is known to have it; a PyTorch that cannot tell says no."""
     probe = getattr(torch.cpu, f"_is_{feature}_supported", None)
     return probe is not None and probe()
@@ -17,7 +17,7 @@ def _cpu_has(feature: str) -> bool:
 
 # PyTorch's flash attention multiplies bfloat16 on a CPU by AMX, and without it no faster than float32. Products of
 # matrices need AVX512-BF16 only, and are several times as fast with it.
-PRODUCTS_BEAT_FLASH = _cpu_has("avx512_bf16") and not _cpu_has("amx_tile")
+PRODUCTS_BEAT_FLASH = cpu_has("avx512_bf16") and not cpu_has("amx_tile")
 
 
 def attend(

@@ -240,30 +240,30 @@ def lfq_entropies(
         Two scalars, from about 0 to K log 2.
     """
     with torch.autocast(vectors.device.type, enabled=False):
+        n, k = vectors.shape
         logits = vectors.float() * (4 / ENTROPY_TEMPERATURE)
         log_p = F.logsigmoid(torch.stack([-logits, logits], dim=1))  # (N, 2, K): of bit_d = 0 and of bit_d = 1
-        per_sample = -(log_p.exp() * log_p).sum((1, 2)).mean()
+        per_sample = (log_p.exp() * log_p).sum() / -n
 
-        half = (vectors.shape[-1] + 1) // 2
-        low, high = _code_distribution(log_p[..., :half]), _code_distribution(log_p[..., half:])
-        mean = high.T @ low / vectors.shape[0]
+        halves = (log_p.flatten(1) @ _bits_of_codes(k, vectors.device)).exp()
+        low, high = halves.split([2 ** ((k + 1) // 2), 2 ** (k // 2)], dim=1)  # q of the codes of either half
+        mean = high.T @ low / n
         if joint_mean is not None:
             mean = straight_through(joint_mean(mean.detach()), mean)
         codebook = -(mean * (mean + eps).log()).sum()
     return per_sample, codebook
 
 
-def _code_distribution(log_p: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (N, 2, k) of the values of k bits to probabilities (N, 2^k) of the codes sum_d bit_d 2^d."""
-    return (log_p.flatten(1) @ _bits_of_codes(log_p.shape[-1], log_p.device)).exp()
-
-
 @lru_cache(maxsize=32)
 def _bits_of_codes(k: int, device: torch.device) -> torch.Tensor:
-    """Float32 (2 k, 2^k): for each code, 1 at the k bits that are 0 in it, then 1 at those that are 1."""
+    """
+    (2 k, 2^low + 2^high): for each code of the low half of k bits, then of the high half, 1 at the bits that are 0 in
+    it (first k rows) and at those that are 1 (last k rows), and 0 at the bits of the other half.
+    """
     with torch.inference_mode(False):  # else no later training step could save it for backward
-        bits = (torch.arange(2**k, device=device) >> torch.arange(k, device=device)[:, None]) & 1
-        return torch.cat([1 - bits, bits]).float()
+        halves = [(torch.arange(2**h) >> torch.arange(h)[:, None]) & 1 for h in ((k + 1) // 2, k // 2)]
+        zeros, ones = torch.block_diag(*[1 - half for half in halves]), torch.block_diag(*halves)
+        return torch.cat([zeros, ones]).float().to(device)
 
 
 def build_quantizer(name: str, channels: int, codebook_bits: int, fsq_levels: int) -> nn.Module:
