@@ -6,7 +6,10 @@ import math
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -733,6 +736,25 @@ def test_missing_weights_are_refused(tiny_pipeline, tmp_path):
         FlowMoAutoencoder.from_pretrained(tmp_path / "autoencoder", low_cpu_mem_usage=False)
     with pytest.raises(ValueError, match="use_safetensors=False"):
         FlowMoAutoencoder.from_pretrained(tmp_path / "autoencoder", use_safetensors=False)
+
+
+def test_threads_can_load_at_once(tiny_pipeline, tmp_path, monkeypatch):
+    """Catches two models that are built at once by diffusers, after which no new module in the process has memory."""
+    tiny_pipeline.save_pretrained(tmp_path)
+    from_config, together = FlowMoAutoencoder.from_config, threading.Barrier(2)
+
+    def slow(*args, **kwargs):
+        with suppress(threading.BrokenBarrierError):
+            if together.wait(timeout=0.5) == 1:
+                time.sleep(0.2)  # who came later leaves later
+        return from_config(*args, **kwargs)
+
+    monkeypatch.setattr(FlowMoAutoencoder, "from_config", slow)
+    monkeypatch.setattr(torch.nn.Module, "register_parameter", torch.nn.Module.register_parameter)  # set back after
+    with ThreadPoolExecutor(2) as pool:
+        loaded = list(pool.map(FlowMoPipeline.from_pretrained, [tmp_path] * 2))
+    assert torch.nn.Linear(1, 1).weight.device.type == "cpu"
+    assert all(same_pipeline(tiny_pipeline, pipeline) for pipeline in loaded)
 
 
 def test_components_can_be_given_to_from_pretrained(tiny_pipeline, tmp_path):

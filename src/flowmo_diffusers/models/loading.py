@@ -2,7 +2,13 @@
 
 import json
 import os
+import threading
 from typing import Any
+
+
+# While diffusers loads a model, new parameters have no memory and another dtype, in every thread of the process. It
+# sets back what it found before, so that two loads that overlap would leave it so for good.
+_one_at_a_time = threading.RLock()
 
 
 class OwnCheckpointsOnly:
@@ -36,8 +42,8 @@ class WholeCheckpointsOnly(OwnCheckpointsOnly):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
         """
-        As `ModelMixin.from_pretrained`, but from safetensors only (pickled weights run code when they are read) and
-        whole or not at all.
+        As `ModelMixin.from_pretrained`, but from safetensors only (pickled weights run code when they are read),
+        whole or not at all, and from one thread at a time.
 
         Raises:
             ValueError: If it is the checkpoint of another model, or weights are missing, unknown or of other shapes.
@@ -47,7 +53,8 @@ class WholeCheckpointsOnly(OwnCheckpointsOnly):
             raise ValueError("use_safetensors=False is refused: weights are read from safetensors only")
         with_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"use_safetensors": True, "output_loading_info": True}
-        model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        with _one_at_a_time:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         problems = {kind.removesuffix("_keys"): keys for kind, keys in info.items() if keys}
         if problems:
             raise ValueError(f"{pretrained_model_name_or_path} is not a checkpoint of this model: weights {problems}")
