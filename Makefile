@@ -24,8 +24,9 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python training/demo.py --output_dir $(DEMO_DIR) $(if $(FROM_SCRATCH),--from_scratch)
 
+# The tests of one file stay in one process, where some share what they have built. A process takes up to 2 GB.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # Strict: a broken link, a page that is in no menu or a name that does not exist is an error. Needs Python >= 3.11.
 docs: install
